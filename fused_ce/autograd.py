@@ -1,0 +1,76 @@
+"""The torch.autograd.Function: what is saved, and which of the two gradient routes runs.
+
+`implementation` is cpu.py or kernels/launch.py; both offer the same four functions.
+"""
+
+from types import ModuleType
+
+import torch
+
+from fused_ce.options import LossOptions
+from fused_ce.rows import empty_gradient, is_dense, overlaps
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: LossOptions,
+    implementation: ModuleType,
+) -> torch.Tensor:
+    """The loss of rows (see rows.py), a scalar or (n_rows,)."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return FusedCrossEntropy.apply(logits, targets, weight, options, implementation)
+    return implementation.forward(logits.detach(), targets, weight, options)[0]
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Loss whose gradient is made in forward, or in backward from the saved row statistics."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, weight, options, implementation):
+        """Rows to loss; saves the finished gradient, or what backward needs to make it."""
+        ctx.options, ctx.implementation = options, implementation
+        if options.grad_in_forward:
+            grad_logits = _gradient_storage(logits, options)
+            loss = implementation.forward_with_grad(logits, targets, weight, options, grad_logits)
+            if options.inplace:
+                torch.autograd.graph.increment_version(logits)
+            ctx.save_for_backward(grad_logits)
+            return loss
+        loss, *stats = implementation.forward(logits, targets, weight, options)
+        ctx.save_for_backward(logits, targets, weight, *stats)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        """The gradient of the rows; every other argument has none."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_cross_entropy cannot be differentiated twice (create_graph=True): compute "
+                "the loss with reference_cross_entropy, or inside `with backend('reference')`"
+            )
+        if ctx.options.grad_in_forward:
+            (grad_logits,) = ctx.saved_tensors
+            # Multiplying in place costs no memory, but a graph that is kept needs the factor-free
+            # gradient again.
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            out = empty_gradient(grad_logits) if kept else grad_logits
+            ctx.implementation.scale(grad_logits, grad_loss, out)
+            return out, None, None, None, None
+        logits, targets, weight, *stats = ctx.saved_tensors
+        logits = logits.detach()
+        out = _gradient_storage(logits, ctx.options)
+        ctx.implementation.backward(
+            grad_loss, logits, targets, weight, tuple(stats), ctx.options, out
+        )
+        if ctx.options.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None, None, None
+
+
+def _gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Where the gradient of rows goes: over the logits if asked and possible, else a new buffer."""
+    if options.inplace and is_dense(logits) and not overlaps(logits):
+        return logits.detach()
+    return empty_gradient(logits)
