@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from fused_ce.options import LossOptions
-from fused_ce.rows import empty_gradient, is_dense, overlaps
+from fused_ce.rows import empty_gradient, overlaps
 
 
 def cross_entropy(
@@ -71,6 +71,6 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 def _gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
     """Where the gradient of rows goes: over the logits if asked and possible, else a new buffer."""
-    if options.inplace and is_dense(logits) and not overlaps(logits):
+    if options.inplace and not overlaps(logits):
         return logits.detach()
     return empty_gradient(logits)

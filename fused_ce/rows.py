@@ -75,12 +75,16 @@ def overlaps(rows: torch.Tensor) -> bool:
 
 
 def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """An uninitialised gradient for rows of logits, every row at the same address modulo 16 bytes.
+    """An uninitialised gradient for rows of logits, laid out as they are.
+
+    Where the vocabulary is dense, every row lies at the same address modulo 16 bytes as its logits.
 
     The kernels split a row at 16-byte boundaries once, for loads and stores alike, so a gradient
     row must be skewed as its logits row is. Contiguous logits get a contiguous gradient; rows
     sliced from a padded matrix get at most 15 bytes of padding each.
     """
+    if not is_dense(logits):
+        return torch.empty_like(logits)
     n_groups, rows_per_group, vocab_size = logits.shape
     vector = 16 // logits.element_size()
     group_stride, row_stride, _ = logits.stride()

@@ -1,0 +1,215 @@
+"""The pieces that the kernels share: where a row lies, its online softmax, its gradient.
+
+Online softmax (Milakov and Gimelshein, 2018) keeps a running maximum m and the sum s of
+exp(x - m); a new maximum m' rescales s by exp(m - m'). Here every thread keeps its own (m, s) over
+the 16 bytes that it loads, so the loop has no shuffle and no barrier; the threads combine once a
+row. Two rules keep it exact:
+
+- Subtract first, then scale to base 2: `exp2((x - m) * LOG2E)`. `x * LOG2E - m * LOG2E` rounds at
+  the size of x, and is wrong by 1e-3 where all logits share an offset of 1e4.
+- Keep (m, s), never lse = m + log(s): at that offset lse has lost the digits of log(s).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp_of(difference):
+    # FMUL and MUFU.EX2; tl.exp takes five instructions
+    return tl.exp2(difference * LOG2E)
+
+
+@triton.jit
+def lowest_finite(DTYPE: tl.constexpr):
+    # The maximum starts here and not at -inf: x - m is then never inf - inf for a logit of -inf,
+    # and a row masked with finfo.min still finds its maximum.
+    if DTYPE == tl.float64:
+        return tl.full([], -1.7976931348623157e308, tl.float64)
+    else:
+        return tl.full([], -3.4028234663852886e38, tl.float32)
+
+
+@triton.jit
+def row_offset(row, rows_per_group, group_stride, row_stride):
+    # 64-bit: row * stride passes 2**31 at 32,768 rows of 65,536
+    group = (row // rows_per_group).to(tl.int64)
+    return group * group_stride + (row % rows_per_group).to(tl.int64) * row_stride
+
+
+@triton.jit
+def split_row(row_ptr, vocab_size, VEC: tl.constexpr):
+    """(skew, interior_ptr, interior_size): the whole 16-byte vectors inside a row of any address.
+
+    The row starts `skew` elements after a 16-byte boundary. Its interior starts at the next
+    boundary, column VEC - skew, and holds a multiple of VEC elements; what lies before and after,
+    fewer than 2 * VEC elements, are the edge columns. One binary then serves V = 50,257 and every
+    stride with 16-byte loads and stores, where a mask per element would fall to 2-byte ones.
+    """
+    address = row_ptr.to(tl.int64)
+    skew = ((address % 16) // (16 // VEC)).to(tl.int32)
+    interior_ptr = tl.multiple_of((address - address % 16 + 16).to(row_ptr.dtype), 16)
+    interior_size = tl.maximum((vocab_size + skew) // VEC - 1, 0) * VEC
+    return skew, interior_ptr, tl.multiple_of(interior_size, VEC)
+
+
+@triton.jit
+def edge_columns(skew, interior_size, vocab_size, VEC: tl.constexpr):
+    """Columns [2 * VEC] outside the interior, and which of them exist."""
+    lane = tl.arange(0, 2 * VEC)
+    cols = tl.where(lane < VEC, lane - skew, interior_size + lane - skew)
+    return cols, (cols >= 0) & (cols < vocab_size)
+
+
+@triton.jit
+def tile_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile [BLOCK_V / VEC, VEC], and the first column of each element's vector.
+
+    A mask made from the latter is constant over 16 bytes, which keeps the access whole.
+    """
+    first = tl.arange(0, BLOCK_V // VEC)[:, None] * VEC
+    return first + tl.arange(0, VEC)[None, :], first + tl.zeros([1, VEC], tl.int32)
+
+
+@triton.jit
+def online_update(part_max, part_sum, x):
+    """One tile [R, VEC] into the running (max, sum) [R] of its threads."""
+    new_max = tl.maximum(part_max, tl.max(x, axis=1))
+    part_sum = part_sum * exp_of(part_max - new_max) + tl.sum(exp_of(x - new_max[:, None]), axis=1)
+    return new_max, part_sum
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, weight_ptr, shift, vocab_size,
+    DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """(max, sum of exp(x - max), sum of weight * (x - shift)) of one row.
+
+    The last is only computed for label smoothing. `shift` is any value near the logits: without it
+    the sum would be of the size of V times their common offset.
+    """
+    VEC: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
+    cols, first = tile_columns(BLOCK_V, VEC)
+    part_max = tl.zeros([BLOCK_V // VEC], DTYPE) + lowest_finite(DTYPE)
+    part_sum = tl.zeros([BLOCK_V // VEC], DTYPE)
+    part_dot = tl.zeros([BLOCK_V // VEC], DTYPE)
+
+    # The bulk without masks: with them, each vector costs a compare and four register moves more.
+    bulk = interior_size // (BLOCK_V * UNROLL) * (BLOCK_V * UNROLL)
+    for start in tl.range(0, bulk, BLOCK_V * UNROLL):
+        for tile in tl.static_range(UNROLL):
+            tile_start = start + tile * BLOCK_V
+            x = tl.load(interior_ptr + tile_start + cols).to(DTYPE)
+            part_max, part_sum = online_update(part_max, part_sum, x)
+            if HAS_SMOOTHING:
+                term = x - shift
+                if HAS_WEIGHT:
+                    term *= tl.load(weight_ptr + VEC - skew + tile_start + cols)
+                part_dot += tl.sum(term, axis=1)
+    for start in tl.range(bulk, interior_size, BLOCK_V):
+        mask = start + first < interior_size
+        x = tl.load(interior_ptr + start + cols, mask=mask, other=float("-inf")).to(DTYPE)
+        part_max, part_sum = online_update(part_max, part_sum, x)
+        if HAS_SMOOTHING:
+            term = x - shift
+            if HAS_WEIGHT:
+                term *= tl.load(weight_ptr + VEC - skew + start + cols, mask=mask, other=0.0)
+            part_dot += tl.sum(tl.where(mask, term, 0.0), axis=1)
+
+    edge, is_edge = edge_columns(skew, interior_size, vocab_size, VEC)
+    x = tl.load(row_ptr + edge, mask=is_edge, other=float("-inf")).to(DTYPE)
+    row_max = tl.maximum(tl.max(part_max, axis=0), tl.max(x, axis=0))
+    row_max = tl.maximum(row_max, lowest_finite(DTYPE))
+    row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0)
+    row_sum += tl.sum(exp_of(x - row_max), axis=0)
+    row_dot = tl.sum(part_dot, axis=0)
+    if HAS_SMOOTHING:
+        term = x - shift
+        if HAS_WEIGHT:
+            term *= tl.load(weight_ptr + edge, mask=is_edge, other=0.0)
+        row_dot += tl.sum(tl.where(is_edge, term, 0.0), axis=0)
+    return row_max, row_sum, row_dot
+
+
+@triton.jit
+def load_target(targets_ptr, offset, ignore_index, vocab_size):
+    """(target, ignored, in_range) of one row; the target is only safe to use where in range."""
+    target = tl.load(targets_ptr + offset).to(tl.int64)
+    return target, target == ignore_index, (target >= 0) & (target < vocab_size)
+
+
+@triton.jit
+def loss_factors(
+    target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
+    DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """(target_factor, lse_factor, class_factor, weight_sum) of targets of any shape: the loss is
+    lse_factor * lse - target_factor * x[target] - class_factor * sum_c weight[c] * x[c], its
+    gradient lse_factor * softmax - target_factor * onehot - class_factor * weight.
+
+    NaN where the target is out of range: that poisons loss and gradient of its row, and no other.
+    """
+    target_factor = tl.where(in_range, 1.0, float("nan")).to(DTYPE)
+    if HAS_WEIGHT:
+        target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0)
+    lse_factor = target_factor
+    class_factor = tl.full([], 0.0, DTYPE)
+    weight_sum = tl.full([], vocab_size, DTYPE)
+    if HAS_SMOOTHING:
+        smoothing = tl.full([], label_smoothing, DTYPE)  # a Python float in the interpreter
+        class_factor = smoothing / weight_sum
+        if HAS_WEIGHT:
+            weight_sum = tl.load(weight_sum_ptr)
+        target_factor *= 1.0 - smoothing
+        lse_factor = target_factor + class_factor * weight_sum
+    return target_factor, lse_factor, class_factor, weight_sum
+
+
+@triton.jit
+def smoothing_shift(x_target):
+    """A value near the logits of the row, for `row_statistics`: the target's, if it is ordinary."""
+    return tl.where(tl.abs(x_target) < 1e30, x_target, 0.0)
+
+
+@triton.jit
+def gradient_tile(
+    x, row_max, softmax_factor, class_grad, weight_ptrs, mask,
+    HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile, but for the target's column: no compare and no division here.
+
+    softmax_factor is grad_loss * lse_factor / sum, class_grad is grad_loss * class_factor.
+    """
+    grad = exp_of(x - row_max) * softmax_factor
+    if HAS_SMOOTHING:
+        if HAS_WEIGHT:
+            grad -= class_grad * tl.load(weight_ptrs, mask=mask)  # unstored lanes: anything
+        else:
+            grad -= class_grad
+    return grad
+
+
+@triton.jit
+def gradient_at_target(
+    x_target, row_max, softmax_factor, grad_loss, target_factor, class_grad, weight_ptr, target,
+    in_range, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the target's logit, from float32: stored once the rest of its row is."""
+    grad = exp_of(x_target - row_max) * softmax_factor - grad_loss * target_factor
+    if HAS_SMOOTHING:
+        if HAS_WEIGHT:
+            grad -= class_grad * tl.load(weight_ptr + target, mask=in_range, other=0.0)
+        else:
+            grad -= class_grad
+    return grad
+
+
+@triton.jit
+def mean_divisor(partials_ptr, PARTIALS: tl.constexpr):
+    """The sum of class weights over all rows that count, from reduce.py's partial sums."""
+    return tl.sum(tl.load(partials_ptr + tl.arange(0, PARTIALS)), axis=0)
