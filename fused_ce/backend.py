@@ -13,7 +13,9 @@ import torch
 BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls its device "cuda" too
 
-_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_ce_backend", default=None)
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "fused_ce_backend", default=None
+)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The loss on the CPU: the rows of the reference, a block at a time, so that a block stays in cache.
+"""The loss on the CPU: the rows of the reference, a block at a time, so that it stays in cache.
 
 Eager `F.cross_entropy` streams tensors of the size of the logits through memory several times and
 keeps two of them. Here every pass over a block but the first runs in cache, and the only tensor of

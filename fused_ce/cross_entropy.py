@@ -118,9 +118,7 @@ def prepare(
     return Call(rows, row_targets, weight, options)
 
 
-def class_axis(
-    logits_shape: torch.Size, targets_shape: torch.Size, dim: int | None
-) -> int:
+def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | None) -> int:
     """The class axis of the logits: `dim` if given, else the one that the targets' shape leaves."""
     shape, got = tuple(logits_shape), tuple(targets_shape)
     if len(shape) == 0:
@@ -154,9 +152,7 @@ def _check_types(logits, targets, weight, ignore_index) -> None:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(
-            f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}"
-        )
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if targets.dtype not in TARGET_DTYPES:
         raise TypeError(f"targets must be class indices of an integer dtype, got {targets.dtype}")
     if weight is not None and not isinstance(weight, torch.Tensor):

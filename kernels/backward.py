@@ -33,11 +33,11 @@ SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many el
 def cross_entropy_backward_kernel(
     grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr,
     row_max_ptr, row_sum_ptr, grad_logits_ptr,
-    grad_losses_stride: "i64",
-    rows_per_group: "i32", logits_group_stride: "i64", logits_row_stride: "i64",
-    targets_group_stride: "i64", targets_row_stride: "i64",
-    grad_group_stride: "i64", grad_row_stride: "i64",
-    vocab_size: "i32", ignore_index: "i64", label_smoothing: "fp64",
+    grad_losses_stride: tl.int64,
+    rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
+    grad_group_stride: tl.int64, grad_row_stride: tl.int64,
+    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
     BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, PARTIALS: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
@@ -116,9 +116,10 @@ def cross_entropy_backward_kernel(
 )  # fmt: skip
 def scale_kernel(
     grad_losses_ptr, grad_logits_ptr, out_ptr,
-    grad_losses_stride: "i64", n_rows: "i64", rows_per_group: "i32",
-    group_stride: "i64", row_stride: "i64", out_group_stride: "i64", out_row_stride: "i64",
-    n_elements: "i64", row_size: "i32",
+    grad_losses_stride: tl.int64, n_rows: tl.int64, rows_per_group: tl.int32,
+    group_stride: tl.int64, row_stride: tl.int64,
+    out_group_stride: tl.int64, out_row_stride: tl.int64,
+    n_elements: tl.int64, row_size: tl.int32,
     BLOCK_V: tl.constexpr, SKIP_ONE: tl.constexpr,
 ):  # fmt: skip
     """out = grad_logits * grad_losses. In place with one factor for all, SKIP_ONE returns at once

@@ -20,9 +20,9 @@ from .online_softmax import (
 )  # fmt: skip
 def cross_entropy_forward_kernel(
     logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, losses_ptr, row_max_ptr, row_sum_ptr,
-    rows_per_group: "i32", logits_group_stride: "i64", logits_row_stride: "i64",
-    targets_group_stride: "i64", targets_row_stride: "i64",
-    vocab_size: "i32", ignore_index: "i64", label_smoothing: "fp64",
+    rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
+    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
     BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip

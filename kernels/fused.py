@@ -93,10 +93,10 @@ def write_zeros(row_ptr, vocab_size, BLOCK_V: tl.constexpr):
 )  # fmt: skip
 def cross_entropy_forward_with_grad_kernel(
     logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr, losses_ptr, grad_logits_ptr,
-    rows_per_group: "i32", logits_group_stride: "i64", logits_row_stride: "i64",
-    targets_group_stride: "i64", targets_row_stride: "i64",
-    grad_group_stride: "i64", grad_row_stride: "i64",
-    vocab_size: "i32", ignore_index: "i64", label_smoothing: "fp64",
+    rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
+    grad_group_stride: tl.int64, grad_row_stride: tl.int64,
+    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
     BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, PARTIALS: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip

@@ -33,8 +33,10 @@ def lowest_finite(DTYPE: tl.constexpr):
 
 
 @triton.jit
-def row_offset(row, rows_per_group, group_stride, row_stride):
+def row_offset(row, rows_per_group, group_stride, row_stride, GROUPED: tl.constexpr = True):
     # 64-bit: row * stride passes 2**31 at 32,768 rows of 65,536
+    if not GROUPED:
+        return row.to(tl.int64) * row_stride
     group = (row // rows_per_group).to(tl.int64)
     return group * group_stride + (row % rows_per_group).to(tl.int64) * row_stride
 
@@ -74,10 +76,14 @@ def tile_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def online_update(part_max, part_sum, x):
-    """One tile [R, VEC] into the running (max, sum) [R] of its threads."""
-    new_max = tl.maximum(part_max, tl.max(x, axis=1))
-    part_sum = part_sum * exp_of(part_max - new_max) + tl.sum(exp_of(x - new_max[:, None]), axis=1)
+def online_update(part_max, part_sum, tiles):
+    """Tiles [R, VEC] into the running (max, sum) [R] of their threads, rescaled once for all."""
+    new_max = part_max
+    for x in tl.static_range(len(tiles)):
+        new_max = tl.maximum(new_max, tl.max(tiles[x], axis=1))
+    part_sum *= exp_of(part_max - new_max)
+    for x in tl.static_range(len(tiles)):
+        part_sum += tl.sum(exp_of(tiles[x] - new_max[:, None]), axis=1)
     return new_max, part_sum
 
 
@@ -102,19 +108,21 @@ def row_statistics(
     # The bulk without masks: with them, each vector costs a compare and four register moves more.
     bulk = interior_size // (BLOCK_V * UNROLL) * (BLOCK_V * UNROLL)
     for start in tl.range(0, bulk, BLOCK_V * UNROLL):
+        tiles = ()
         for tile in tl.static_range(UNROLL):
-            tile_start = start + tile * BLOCK_V
-            x = tl.load(interior_ptr + tile_start + cols).to(DTYPE)
-            part_max, part_sum = online_update(part_max, part_sum, x)
+            at = start + tile * BLOCK_V + cols
+            x = tl.load(interior_ptr + at).to(DTYPE)
+            tiles = tiles + (x,)
             if HAS_SMOOTHING:
                 term = x - shift
                 if HAS_WEIGHT:
-                    term *= tl.load(weight_ptr + VEC - skew + tile_start + cols)
+                    term *= tl.load(weight_ptr + VEC - skew + at)
                 part_dot += tl.sum(term, axis=1)
+        part_max, part_sum = online_update(part_max, part_sum, tiles)
     for start in tl.range(bulk, interior_size, BLOCK_V):
         mask = start + first < interior_size
         x = tl.load(interior_ptr + start + cols, mask=mask, other=float("-inf")).to(DTYPE)
-        part_max, part_sum = online_update(part_max, part_sum, x)
+        part_max, part_sum = online_update(part_max, part_sum, (x,))
         if HAS_SMOOTHING:
             term = x - shift
             if HAS_WEIGHT:

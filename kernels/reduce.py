@@ -21,8 +21,9 @@ SUM_BLOCK = 4096
 )  # fmt: skip
 def mean_divisor_kernel(
     targets_ptr, weight_ptr, partials_ptr,
-    n_rows: "i32", rows_per_group: "i32", targets_group_stride: "i64", targets_row_stride: "i64",
-    vocab_size: "i32", ignore_index: "i64",
+    n_rows: tl.int32, rows_per_group: tl.int32,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
+    vocab_size: tl.int32, ignore_index: tl.int64,
     BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Partial sums, one a program, of weight[target] (or 1) over the rows that are not ignored."""
@@ -44,7 +45,7 @@ def mean_divisor_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def reduce_losses_kernel(
-    losses_ptr, partials_ptr, loss_ptr, n_rows: "i32",
+    losses_ptr, partials_ptr, loss_ptr, n_rows: tl.int32,
     BLOCK: tl.constexpr, PARTIALS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """loss = sum(losses), divided by the sum of the partials for a mean; one program."""

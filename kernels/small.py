@@ -1,4 +1,4 @@
-"""Tiny vocabularies: several rows a program, each row whole in registers, loss and gradient at once.
+"""Tiny vocabularies: several rows a program, each whole in registers, loss and gradient at once.
 
 One kernel serves the forward (LOSS), the separate backward (GRAD) and both in one launch: a row
 is so short that computing its softmax again costs less than keeping its statistics. Classes may lie
@@ -31,24 +31,24 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 def cross_entropy_small_kernel(
     grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr,
     losses_ptr, grad_logits_ptr,
-    grad_losses_stride: "i64", n_rows: "i32", rows_per_group: "i32",
-    logits_group_stride: "i64", logits_row_stride, logits_class_stride,
-    targets_group_stride: "i64", targets_row_stride: "i64",
-    grad_group_stride: "i64", grad_row_stride, grad_class_stride,
-    vocab_size: "i32", ignore_index: "i64", label_smoothing: "fp64",
+    grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
+    logits_group_stride: tl.int64, logits_row_stride, logits_class_stride,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
+    grad_group_stride: tl.int64, grad_row_stride, grad_class_stride,
+    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
     DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, PARTIALS: tl.constexpr,
-    LOSS: tl.constexpr, GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
+    GROUPED: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_V)[None, :].to(tl.int64)  # times a class stride of H * W
     exists = rows < n_rows
-    offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride)
+    offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
     targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
     counts = exists & (targets != ignore_index)  # an ignored row may hold NaN: it is not read
     in_range = (targets >= 0) & (targets < vocab_size)
 
-    offsets = row_offset(rows, rows_per_group, logits_group_stride, logits_row_stride)
+    offsets = row_offset(rows, rows_per_group, logits_group_stride, logits_row_stride, GROUPED)
     x_ptrs = logits_ptr + offsets[:, None] + cols * logits_class_stride
     x = tl.load(x_ptrs, mask=counts[:, None] & (cols < vocab_size), other=float("-inf")).to(DTYPE)
     row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(DTYPE))
@@ -85,7 +85,7 @@ def cross_entropy_small_kernel(
         if HAS_SMOOTHING:
             grad -= (grad_losses * class_factor)[:, None] * class_weight
         grad = tl.where(counts[:, None], grad, 0.0)
-        offsets = row_offset(rows, rows_per_group, grad_group_stride, grad_row_stride)
+        offsets = row_offset(rows, rows_per_group, grad_group_stride, grad_row_stride, GROUPED)
         grad_ptrs = grad_logits_ptr + offsets[:, None] + cols * grad_class_stride
         out = grad.to(grad_logits_ptr.dtype.element_ty)
         tl.store(grad_ptrs, out, mask=exists[:, None] & (cols < vocab_size))
@@ -112,6 +112,7 @@ def launch_small(
         BLOCK_ROWS=config.block_rows,
         BLOCK_V=config.block_v,
         PARTIALS=PARTIALS,
+        GROUPED=n_groups > 1,  # a division a row, which the usual contiguous batch can do without
         LOSS=losses is not None,
         GRAD=grad_logits is not None,
         UPSTREAM=grad_losses is not None,
