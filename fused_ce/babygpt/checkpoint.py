@@ -47,8 +47,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a BabyGPT checkpoint: it holds more than tensors and numbers"
         ) from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from error
     if not isinstance(state, dict) or not KEYS <= state.keys():
         raise CheckpointError(f"{path} is not a BabyGPT checkpoint: entries are missing")

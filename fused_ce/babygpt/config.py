@@ -62,37 +62,37 @@ class TrainConfig:
     """The folder of the run; None is runs/PRESET."""
     resume: bool = False
     """Continue the run in --out, bit for bit; a larger --max-steps extends it."""
-    max_steps: int = 1000
+    max_steps: int = 1500
     """Optimiser steps in all."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Windows of text in a step."""
     block_size: int = 64
     """Characters in a window: the longest context that the model sees."""
-    n_layer: int = 4
+    n_layer: int = 3
     """Transformer blocks; 0 is an embedding and a linear map, without positions or final norm."""
     n_head: int = 4
     """Attention heads in a block."""
-    n_embd: int = 128
+    n_embd: int = 96
     """Width of the embeddings; a multiple of --n-head."""
     dropout: float = 0.0
     """Probability of dropping an activation while training."""
     tie_weights: bool = False
     """Use the token embedding as the last linear map too."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Largest learning rate, reached after the warm-up."""
-    min_lr: float | None = None
+    min_lr: float | None = 1e-4
     """Learning rate after the decay; None is --lr, that is, no decay."""
-    warmup_steps: int = 0
+    warmup_steps: int = 50
     """Steps in which the learning rate rises from 0."""
-    decay_steps: int | None = None
+    decay_steps: int | None = 1500
     """Step at which --min-lr is reached, warm-up counted; None is the first --max-steps."""
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only."""
     clip: float = 1.0
     """Largest norm of the gradient; inf never clips."""
-    eval_interval: int = 100
+    eval_interval: int = 250
     """Steps between two evaluations."""
-    eval_iters: int = 20
+    eval_iters: int = 50
     """Random batches of each split in an evaluation."""
     checkpoint_interval: int = 500
     """Steps between two writes of last.pt."""
@@ -150,12 +150,12 @@ PRESETS = {
     # The seeds' first model: 65 V parameters.
     "v1": TrainConfig(
         preset="v1", block_size=8, batch_size=32, n_layer=0, n_head=1, n_embd=32, lr=1e-2,
-        max_steps=5000, eval_interval=500, eval_iters=200, checkpoint_interval=2500,
+        min_lr=None, warmup_steps=0, decay_steps=None, max_steps=5000, eval_interval=500, eval_iters=200, checkpoint_interval=2500,
     ),
     # The seeds' last model, with the settings of its published curve.
     "v12": TrainConfig(
         preset="v12", block_size=256, batch_size=64, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
-        lr=3e-4, max_steps=5000, eval_interval=50, eval_iters=20, checkpoint_interval=250,
+        lr=3e-4, min_lr=None, warmup_steps=0, decay_steps=None, max_steps=5000, eval_interval=50, eval_iters=20, checkpoint_interval=250,
     ),
 }  # fmt: skip
 

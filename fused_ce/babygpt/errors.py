@@ -1,7 +1,7 @@
 """The errors that a user can repair; the command line prints them on one line."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake in a flag, a file or a prompt; the message says what is needed and what came."""
 
 

@@ -268,6 +268,8 @@ def _describe(run: Run, folder: Path) -> None:
     )
     print(f"{config.preset}: {parameters:,} parameters, {config.loss} loss, on {run.device}")
     print(f"{folder}: step {run.step} to {config.max_steps}")
+    if run.step == config.max_steps:
+        print("nothing is left to train; a larger --max-steps extends the run")
 
 
 def _summarise(run: Run, record: Record, folder: Path) -> None:
