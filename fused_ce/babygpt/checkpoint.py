@@ -1,7 +1,7 @@
 """Checkpoints: plain tensors and numbers, written whole, checked when read."""
 
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -63,10 +63,10 @@ def config_to_plain(config: TrainConfig) -> dict[str, Any]:
 
 def config_from_plain(plain: dict[str, Any], folder: Path) -> TrainConfig:
     """Return the settings of a run that lies in a folder."""
-    known = {field.name for field in fields(TrainConfig)}
-    if not plain.keys() <= known:
-        raise CheckpointError(f"{folder} has unknown settings: {sorted(plain.keys() - known)}")
-    return TrainConfig(**plain, out=folder)
+    try:
+        return TrainConfig(**plain, out=folder)
+    except TypeError as error:
+        raise CheckpointError(f"the run in {folder} has other settings: {error}") from error
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:

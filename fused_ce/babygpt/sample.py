@@ -58,7 +58,8 @@ def choose_token(
     """Return a (B, 1) token for each row of the (B, V) logits; arguments as in `generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.double()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ordered[:, top_k:] = -torch.inf

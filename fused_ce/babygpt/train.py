@@ -166,7 +166,7 @@ def _loop(run: Run, record: Record, folder: Path, interrupt: list[bool]) -> bool
     config = run.config
     seconds, steps = 0.0, 0  # of training alone, since the last evaluation
     with tqdm(
-        total=config.max_steps, initial=run.step, unit="step", disable=None, file=sys.stderr
+        total=config.max_steps, initial=run.step, unit=" steps", disable=None, file=sys.stderr
     ) as bar:
         while not interrupt:
             due = run.step % config.eval_interval == 0 or run.step == config.max_steps
@@ -182,6 +182,7 @@ def _loop(run: Run, record: Record, folder: Path, interrupt: list[bool]) -> bool
                     f"step {row['step']:>{len(str(config.max_steps))}}  train {row['train']:.4f}  "
                     f"val {row['val']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
                 )
+                sys.stdout.flush()  # a pipe too shows the line now
             if run.step == config.max_steps:
                 return True
             start = time.perf_counter()

@@ -1,5 +1,6 @@
 """The command line: what a user types and reads."""
 
+import json
 import math
 import os
 import re
@@ -74,6 +75,16 @@ def test_resume_takes_the_settings_of_the_run(babygpt, folder, config):
     assert babygpt("train", "--out", folder, "--resume", "--max-steps", 22)[0] == 0
     assert settings(folder)["n_embd"] == config.n_embd
     assert load_checkpoint(folder / "last.pt")["step"] == 22
+
+
+def test_an_extended_run_keeps_the_end_of_its_decay(babygpt, tmp_path, text_file):
+    run = ["--out", tmp_path / "run", "--data", text_file, "--eval-iters", 1]
+    assert babygpt("train", "--preset", "v1", *run, "--min-lr", 1e-3, "--max-steps", 4)[0] == 0
+    assert settings(tmp_path / "run")["decay_steps"] == 4
+    assert babygpt("train", *run, "--resume", "--max-steps", 8, "--eval-interval", 1)[0] == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in log]
+    assert rates == pytest.approx([1e-2] + [1e-3] * 5)
 
 
 def test_a_finished_run_has_nothing_to_resume(babygpt, folder):
