@@ -128,3 +128,14 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     with atomic_file(path) as file:
         file.write(b"after")
     assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_takes_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (calls.append(n), f(*a)))
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"content")
+        assert not (tmp_path / "file").exists()
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, its folder

@@ -70,12 +70,14 @@ def test_only_the_most_probable_tokens_are_drawn(settings, kept):
     torch.testing.assert_close(drawn(temperature=1.0, **settings), expected, atol=0.02, rtol=0)
 
 
-def test_context_beyond_the_block_is_cropped(model):
+def test_the_model_sees_the_last_block_of_what_came_before(model):
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    idx = generate(model, torch.randint(V, (2, 5)), 10)
+    for length, context in enumerate(seen, start=5):
+        assert torch.equal(context, idx[:, max(0, length - 8) : length])
     start = torch.randint(V, (1, 20))
-    long = generate(model, start, 12, temperature=0)
-    short = generate(model, start[:, -8:], 12, temperature=0)
-    assert torch.equal(long[:, :20], start)
-    assert torch.equal(long[:, 20:], short[:, 8:])
+    assert torch.equal(generate(model, start, 3)[:, :20], start)
 
 
 @pytest.mark.parametrize("training", [True, False])
