@@ -24,6 +24,11 @@ def _require_not_negative(config, *names: str) -> None:
             raise UserError(f"{_flag(name)} must not be negative, got {getattr(config, name)}")
 
 
+def _require_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be in [0, 2**63), got {seed}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a BabyGPT; without layers it is an embedding and a linear map, nothing else."""
@@ -107,7 +112,8 @@ class TrainConfig:
             raise UserError(f"--loss must be fused or torch, got {self.loss!r}")
         _require_positive(self, "max_steps", "batch_size", "lr", "clip")
         _require_positive(self, "eval_interval", "eval_iters", "checkpoint_interval")
-        _require_not_negative(self, "warmup_steps", "weight_decay", "seed")
+        _require_not_negative(self, "warmup_steps", "weight_decay")
+        _require_seed(self.seed)
         if not math.isfinite(self.lr):
             raise UserError(f"--lr must be finite, got {self.lr}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
@@ -200,7 +206,8 @@ class SampleConfig:
             _require_positive(self, "top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be in (0, 1], got {self.top_p}")
-        _require_not_negative(self, "max_new_tokens", "seed")
+        _require_not_negative(self, "max_new_tokens")
+        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
