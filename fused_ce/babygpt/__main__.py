@@ -1,0 +1,104 @@
+"""The command line: train, sample and eval."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fused_ce.babygpt.checkpoint import config_from_plain, newest_checkpoint
+from fused_ce.babygpt.config import EvalConfig, SampleConfig, TrainConfig, preset
+from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.evaluate import evaluate
+from fused_ce.babygpt.sample import sample
+from fused_ce.babygpt.train import train
+
+# What may differ when a run is continued; any other change would make it another run.
+CHANGEABLE = {
+    "data", "max_steps", "eval_interval", "eval_iters", "checkpoint_interval", "device", "out",
+    "resume",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The flags that say where the defaults of the others come from."""
+
+    preset: str | None = None
+    out: Path | None = None
+    resume: bool = False
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(args)
+    except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(args: list[str]) -> int:
+    defaults, saved = TrainConfig(), None
+    if args[:1] == ["train"]:
+        defaults, saved = _train_defaults(args[1:])
+    command = tyro.cli(
+        Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
+        | Annotated[EvalConfig, tyro.conf.subcommand("eval")],
+        args=args,
+        prog="babygpt",
+        description="BabyGPT: a small GPT that trains on the project's own cross-entropy.",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if isinstance(command, SampleConfig):
+        sample(command)
+    elif isinstance(command, EvalConfig):
+        evaluate(command)
+    else:
+        _refuse_changes(command, defaults, saved)
+        return 0 if train(command, saved) else 130
+    return 0
+
+
+def _train_defaults(args: list[str]) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Return the preset's settings, or with --resume those of the run, and its checkpoint."""
+    start, _ = tyro.cli(
+        _Start,
+        args=args,
+        return_unknown_args=True,
+        add_help=False,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if not start.resume or {"-h", "--help"} & set(args):
+        return preset(start.preset or "quick"), None
+    folder = start.out or preset(start.preset or "quick").folder
+    saved, problems = newest_checkpoint(folder)
+    for problem in problems:
+        print(f"warning: {problem}; continuing from step {saved['step']}", file=sys.stderr)
+    return config_from_plain(saved["config"], folder), saved
+
+
+def _refuse_changes(config: TrainConfig, defaults: TrainConfig, saved: dict | None) -> None:
+    """Raise UserError if a run would continue with settings that it did not begin with."""
+    if saved is None:
+        return
+    for field in fields(config):
+        before, now = getattr(defaults, field.name), getattr(config, field.name)
+        if field.name not in CHANGEABLE and before != now:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} cannot change with --resume: the run has {before}, got {now}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

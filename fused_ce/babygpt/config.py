@@ -1,0 +1,220 @@
+"""Settings: the model's shape, a training run, and the presets; the flags come from the fields."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fused_ce.babygpt.errors import UserError
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require_positive(config, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:  # also catches nan
+            raise UserError(f"{_flag(name)} must be positive, got {getattr(config, name)}")
+
+
+def _require_not_negative(config, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{_flag(name)} must not be negative, got {getattr(config, name)}")
+
+
+def _require_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be in [0, 2**63), got {seed}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a BabyGPT; without layers it is an embedding and a linear map, nothing else."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    tie_weights: bool = False
+
+    def __post_init__(self):
+        """Raise UserError where no model has this shape."""
+        _require_positive(self, "vocab_size", "block_size", "n_head", "n_embd")
+        _require_not_negative(self, "n_layer")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"--n-embd must be divisible by --n-head, got {self.n_embd} and {self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a BabyGPT and leave checkpoints, a log, a loss curve and weights in a folder."""
+
+    preset: str = "quick"
+    """Where the defaults come from: quick, v1 or v12."""
+    data: str = "pydocs"
+    """pydocs (the standard library's help texts), or the path of a UTF-8 text file."""
+    loss: Literal["fused", "torch"] = "fused"
+    """fused: this project's cross-entropy; torch: F.cross_entropy, to compare."""
+    out: Path | None = None
+    """The folder of the run; None is runs/PRESET."""
+    resume: bool = False
+    """Continue the run in --out, bit for bit; a larger --max-steps extends it."""
+    max_steps: int = 1500
+    """Optimiser steps in all."""
+    batch_size: int = 16
+    """Windows of text in a step."""
+    block_size: int = 64
+    """Characters in a window: the longest context that the model sees."""
+    n_layer: int = 3
+    """Transformer blocks; 0 is an embedding and a linear map, without positions or final norm."""
+    n_head: int = 4
+    """Attention heads in a block."""
+    n_embd: int = 96
+    """Width of the embeddings; a multiple of --n-head."""
+    dropout: float = 0.0
+    """Probability of dropping an activation while training."""
+    tie_weights: bool = False
+    """Use the token embedding as the last linear map too."""
+    lr: float = 3e-3
+    """Largest learning rate, reached after the warm-up."""
+    min_lr: float | None = 1e-4
+    """Learning rate after the decay; None is --lr, that is, no decay."""
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0."""
+    decay_steps: int | None = 1500
+    """Step at which --min-lr is reached, warm-up counted; None is the first --max-steps."""
+    weight_decay: float = 0.01
+    """AdamW's decay, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; inf never clips."""
+    eval_interval: int = 250
+    """Steps between two evaluations."""
+    eval_iters: int = 50
+    """Random batches of each split in an evaluation."""
+    checkpoint_interval: int = 500
+    """Steps between two writes of last.pt."""
+    seed: int = 1337
+    """Seed of the weights, the batches and the dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is a GPU."""
+
+    def __post_init__(self):
+        """Raise UserError for a value that no run can have."""
+        if self.loss not in ("fused", "torch"):
+            raise UserError(f"--loss must be fused or torch, got {self.loss!r}")
+        _require_positive(self, "max_steps", "batch_size", "lr", "clip")
+        _require_positive(self, "eval_interval", "eval_iters", "checkpoint_interval")
+        _require_not_negative(self, "warmup_steps", "weight_decay")
+        _require_seed(self.seed)
+        if not math.isfinite(self.lr):
+            raise UserError(f"--lr must be finite, got {self.lr}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"--min-lr must be in [0, --lr], got {self.min_lr} and --lr {self.lr}")
+        if self.decay_steps is not None and self.decay_steps < self.warmup_steps:
+            raise UserError(
+                f"--decay-steps counts the warm-up: at least {self.warmup_steps} is needed, "
+                f"got {self.decay_steps}"
+            )
+        self.model(vocab_size=1)  # its checks speak of the same flags
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        """Return the shape of the model for a vocabulary of this size."""
+        return ModelConfig(
+            vocab_size=vocab_size,
+            block_size=self.block_size,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            dropout=self.dropout,
+            tie_weights=self.tie_weights,
+        )
+
+    @property
+    def decay_end(self) -> int:
+        """The step at which the learning rate is at its smallest."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return max(self.max_steps, self.warmup_steps)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.out if self.out is not None else Path("runs") / self.preset
+
+
+PRESETS = {
+    # The defaults above: about a minute on two CPU cores.
+    "quick": TrainConfig(),
+    # The seeds' first model: 65 V parameters.
+    "v1": TrainConfig(
+        preset="v1", block_size=8, batch_size=32, n_layer=0, n_head=1, n_embd=32,
+        lr=1e-2, min_lr=None, warmup_steps=0, decay_steps=None,
+        max_steps=5000, eval_interval=500, eval_iters=200, checkpoint_interval=2500,
+    ),
+    # The seeds' last model, with the settings of its published curve.
+    "v12": TrainConfig(
+        preset="v12", block_size=256, batch_size=64, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
+        lr=3e-4, min_lr=None, warmup_steps=0, decay_steps=None,
+        max_steps=5000, eval_interval=50, eval_iters=20, checkpoint_interval=250,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> TrainConfig:
+    """Return the preset of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Continue a prompt with the model of a run."""
+
+    checkpoint: Path
+    """The folder of the run: best.pt is read, else last.pt."""
+    prompt: str = ""
+    """The text to continue; every character must be in the model's vocabulary."""
+    temperature: float = 0.8
+    """Divides the logits: small is careful, 1 is as learnt, 0 always takes the most probable."""
+    top_k: int | None = None
+    """Draw from the k most probable characters only."""
+    top_p: float | None = None
+    """Draw from the fewest characters that have this probability together."""
+    max_new_tokens: int = 500
+    """Characters to add."""
+    seed: int = 1337
+    """Seed of the draws."""
+
+    def __post_init__(self):
+        """Raise UserError for a value that no draw can have."""
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None:
+            _require_positive(self, "top_k")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must be in (0, 1], got {self.top_p}")
+        _require_not_negative(self, "max_new_tokens")
+        _require_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure the model of a run on a whole validation split."""
+
+    checkpoint: Path
+    """The folder of the run: best.pt is read, else last.pt."""
+    data: str | None = None
+    """pydocs, or the path of a UTF-8 text file; None is what the run was trained on."""

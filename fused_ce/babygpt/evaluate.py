@@ -1,0 +1,106 @@
+"""How good the model is: an estimate while it trains, an exact figure afterwards."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from fused_ce.babygpt import data as batches  # `data` is the name of an argument here
+from fused_ce.babygpt.checkpoint import load_model
+from fused_ce.babygpt.config import EvalConfig
+from fused_ce.babygpt.corpora import read_text
+from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.model import BabyGPT, evaluating
+
+ESTIMATE_SEED = 0
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: nn.Module,
+    data: dict,
+    batch_size: int,
+    block_size: int,
+    eval_iters: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Estimate the loss on each split from random batches, in eval mode, without gradients.
+
+    Args:
+        model: `model(x, y)` returns (logits, loss).
+        data: {"train": tokens, "val": tokens}, as `get_batch` takes them.
+        batch_size: windows in a batch.
+        block_size: tokens in a window.
+        eval_iters: batches of each split.
+        generator: draws the batches. None is a new one with a fixed seed, so that training batches
+            stay as they are and two estimates differ by the model alone.
+
+    Returns:
+        The mean loss in nats of each split. The model is in its mode again, also after an error.
+
+    Raises:
+        ValueError: eval_iters is not positive, or a split is shorter than a window.
+    """
+    if eval_iters < 1:
+        raise ValueError(f"eval_iters must be positive, got {eval_iters}")
+    if generator is None:
+        generator = torch.Generator().manual_seed(ESTIMATE_SEED)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    losses = []
+    with evaluating(model):
+        for tokens in data.values():
+            for _ in range(eval_iters):
+                x, y = batches.get_batch(
+                    tokens, batch_size, block_size, generator=generator, device=device
+                )
+                losses.append(model(x, y)[1])
+    means = torch.stack(losses).double().view(len(data), eval_iters).mean(dim=1)
+    return dict(zip(data, means.tolist(), strict=True))  # the one synchronisation
+
+
+@torch.no_grad()
+def exact_loss(model: BabyGPT, tokens: np.ndarray, batch_size: int = 64) -> float:
+    """Return the mean loss in nats over all tokens but the first, in windows side by side.
+
+    Args:
+        model: its block size is the length of the windows; the last one may be shorter.
+        tokens: (n,) of an integer dtype, n at least 2.
+        batch_size: windows in a batch.
+    """
+    device = next(model.parameters()).device
+    block_size = model.config.block_size
+    tokens = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    x, y = tokens[:-1], tokens[1:]
+    n_full = len(x) // block_size * block_size
+    pieces = []
+    if n_full:
+        windows = [piece[:n_full].view(-1, block_size).split(batch_size) for piece in (x, y)]
+        pieces += zip(*windows, strict=True)
+    if n_full < len(x):
+        pieces.append((x[None, n_full:], y[None, n_full:]))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluating(model):
+        for x_piece, y_piece in pieces:
+            loss = model(x_piece.to(device), y_piece.to(device))[1]
+            total += loss.double() * y_piece.numel()
+    return total.item() / len(x)
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Print loss, perplexity and bits per character over the whole validation split.
+
+    Raises:
+        UserError: there is no usable checkpoint, or the text has characters unknown to the model.
+    """
+    model, tokenizer, saved = load_model(config.checkpoint)
+    data = config.data if config.data is not None else saved["config"]["data"]
+    val = batches.split_tokens(tokenizer.encode(read_text(data)))["val"]
+    if len(val) < 2:
+        raise UserError(f"the val split of {data!r} needs at least 2 characters, got {len(val)}")
+    loss = exact_loss(model, val)
+    print(f"{data}: val split, {len(val):,} characters, at step {saved['step']}")
+    print(f"loss                {loss:.4f} nats per character")
+    print(f"perplexity          {math.exp(loss):.4f}")
+    print(f"bits per character  {loss / math.log(2):.4f}")

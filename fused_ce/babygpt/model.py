@@ -1,0 +1,141 @@
+"""The model: token and position embeddings, pre-norm blocks, logits and their loss."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_ce import fused_cross_entropy
+from fused_ce.babygpt.config import ModelConfig
+
+
+def fused_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss by this project's operator; logits (..., V), targets (...)."""
+    return fused_cross_entropy(logits, targets, dim=-1)  # said, as (B, T, V) may have T = V
+
+
+def torch_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss by PyTorch; logits (..., V), targets (...)."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+LOSSES = {"fused": fused_loss, "torch": torch_loss}
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position attends to itself and to the positions before it."""
+
+    def __init__(self, config: ModelConfig):
+        """Make the two linear maps."""
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        B, T, C = x.shape
+        heads = self.query_key_value(x).view(B, T, 3, self.n_head, C // self.n_head)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, C / n_head)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return self.projection(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Attention, then an MLP four times as wide; each on normed input, added to what came in."""
+
+    def __init__(self, config: ModelConfig):
+        """Make attention, MLP and their norms."""
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd)
+        self.attention = CausalSelfAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.n_embd)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("expansion", nn.Linear(config.n_embd, 4 * config.n_embd))
+        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("projection", nn.Linear(4 * config.n_embd, config.n_embd))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class BabyGPT(nn.Module):
+    """A GPT that scores the next token at every position.
+
+    With `n_layer = 0` it is the seeds' first model: embedding to linear with bias, which sees one
+    token only and so has neither positions nor a final norm.
+
+    Args:
+        config: the shape.
+        loss: "fused" or "torch": which cross-entropy computes the loss.
+    """
+
+    def __init__(self, config: ModelConfig, loss: str = "fused"):
+        """Make the layers and draw their weights from PyTorch's global generator."""
+        super().__init__()
+        self.config = config
+        self.loss = LOSSES[loss]
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.n_layer:
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+            self.dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
+            self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=not config.n_layer)
+        self._initialise()
+        if config.tie_weights:
+            self.head.weight = self.token_embedding.weight
+
+    def _initialise(self) -> None:
+        """Draw the weights as GPT-2 does."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, weight in self.named_parameters():
+            if name.endswith("projection.weight"):
+                # 2 n_layer of them add to the residual stream: this keeps its variance.
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Score the next token at every position.
+
+        Args:
+            idx: (B, T) tokens, T at most the block size.
+            targets: (B, T) the tokens that came next, or None.
+
+        Returns:
+            logits (B, T, V), and the mean loss in nats, or None without targets.
+
+        Raises:
+            ValueError: T is larger than the block size.
+        """
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"idx needs at most {self.config.block_size} positions, got {T}")
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.config.n_layer:
+            x = x + self.position_embedding(torch.arange(T, device=idx.device))
+            x = self.norm(self.blocks(self.dropout(x)))
+        logits = self.head(x)
+        return logits, None if targets is None else self.loss(logits, targets)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, and back in its mode afterwards, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,141 @@
+"""Files that are whole, or refused."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from fused_ce.babygpt.atomic import atomic_file
+from fused_ce.babygpt.checkpoint import KEYS, load_checkpoint, load_model, newest_checkpoint
+from fused_ce.babygpt.errors import CheckpointError
+from fused_ce.babygpt.train import train
+
+
+class Hostile:
+    """A pickle that would make a file when it is read."""
+
+    def __init__(self, path):
+        """Name the folder to make."""
+        self.path = path
+
+    def __reduce__(self):
+        """Say what to call."""
+        return os.mkdir, (str(self.path),)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_byte_of_the_weights(path):
+    state = load_checkpoint(path)
+    content = bytearray(path.read_bytes())
+    position = content.find(state["model"]["head.weight"].numpy().tobytes())
+    assert position > 0
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def replace_by_text(path):
+    path.write_text("not a checkpoint")
+
+
+def replace_by_foreign_tensors(path):
+    torch.save({"weight": torch.zeros(3)}, path)
+
+
+DAMAGES = [
+    truncate, flip_a_byte_of_the_weights, empty, replace_by_text, replace_by_foreign_tensors,
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(config):
+    train(config)
+    return config.out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(folder, damage):
+    damage(folder / "last.pt")
+    with pytest.raises(CheckpointError, match="last.pt is "):
+        load_checkpoint(folder / "last.pt")
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["bare-pickle", "zip"])
+def test_a_file_that_would_run_code_is_refused(tmp_path, legacy):
+    bait = tmp_path / "bait"
+    if legacy:
+        (tmp_path / "last.pt").write_bytes(pickle.dumps(Hostile(bait)))
+    else:
+        torch.save(dict.fromkeys(KEYS, Hostile(bait)), tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="last.pt"):
+        load_checkpoint(tmp_path / "last.pt")
+    assert not bait.exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_continues_from_best_when_last_is_damaged(folder, babygpt, damage):
+    best = load_checkpoint(folder / "best.pt")["step"]
+    damage(folder / "last.pt")
+    status, out, err = babygpt("train", "--resume", "--out", folder, "--max-steps", 30)
+    assert status == 0
+    assert f"{folder / 'last.pt'} is" in err and f"continuing from step {best}" in err
+    assert load_checkpoint(folder / "last.pt")["step"] == 30
+
+
+def test_a_run_stops_when_no_checkpoint_is_intact(folder):
+    truncate(folder / "last.pt")
+    truncate(folder / "best.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint is intact.*last.pt.*best.pt"):
+        newest_checkpoint(folder)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no run to continue"):
+        newest_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load_model(tmp_path)
+
+
+def test_a_model_comes_from_best_else_from_last(folder):
+    torch.save({**load_checkpoint(folder / "best.pt"), "step": -1}, folder / "best.pt")
+    assert load_model(folder)[2]["step"] == -1
+    (folder / "best.pt").unlink()
+    model, tokenizer, saved = load_model(folder)
+    assert saved["step"] == 20 and tokenizer.vocabulary == saved["vocabulary"]
+    assert all(torch.equal(value, saved["model"][k]) for k, value in model.state_dict().items())
+
+
+def test_a_model_does_not_come_from_last_when_best_is_damaged(folder):
+    truncate(folder / "best.pt")
+    with pytest.raises(CheckpointError, match="best.pt"):
+        load_model(folder)
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
+        file.write(b"half of what")
+        raise RuntimeError
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+    with atomic_file(path) as file:
+        file.write(b"after")
+    assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_takes_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (calls.append(n), f(*a)))
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"content")
+        assert not (tmp_path / "file").exists()
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, its folder

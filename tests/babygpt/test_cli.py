@@ -1,0 +1,203 @@
+"""The command line: what a user types and reads."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from fused_ce.babygpt.checkpoint import load_checkpoint, load_model
+from fused_ce.babygpt.data import load_dataset
+from fused_ce.babygpt.evaluate import exact_loss
+from fused_ce.babygpt.train import train
+
+
+@pytest.fixture
+def folder(config):
+    train(config)
+    return config.out
+
+
+def settings(folder):
+    return load_checkpoint(folder / "last.pt")["config"]
+
+
+def test_a_user_can_train_resume_sample_and_evaluate(babygpt, flags, tmp_path):
+    folder = tmp_path / "run"
+    status, out, _ = babygpt("train", *flags, "--out", folder, "--max-steps", 10)
+    assert status == 0 and re.search(r"step 10  train \d\.\d+  val \d\.\d+", out)
+    status, out, _ = babygpt("train", *flags, "--out", folder, "--max-steps", 20, "--resume")
+    assert status == 0 and "step 10 to 20" in out
+    for name in ("last.pt", "best.pt", "log.jsonl", "loss.png", "weights.safetensors"):
+        assert name in out
+    status, out, _ = babygpt("sample", "--checkpoint", folder, "--prompt", "the ")
+    assert status == 0 and out.startswith("the ") and len(out) == 4 + 500 + 1
+    status, out, _ = babygpt("eval", "--checkpoint", folder)
+    assert status == 0 and "400 characters" in out
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "fused_ce.babygpt", "sample", "--checkpoint", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: there is no checkpoint in {tmp_path}: no best.pt, no last.pt\n"
+
+
+def test_the_package_does_not_import_what_only_commands_need():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fused_ce.babygpt; "
+        "print({'tyro', 'tqdm', 'matplotlib', 'safetensors'} & (set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_flags_override_the_preset(babygpt, tmp_path, text_file):
+    flags = ["--data", text_file, "--max-steps", 2, "--eval-iters", 1, "--out", tmp_path / "run"]
+    assert babygpt("train", "--preset", "v1", *flags, "--lr", 0.5)[0] == 0
+    used = settings(tmp_path / "run")
+    assert used["lr"] == 0.5 and used["max_steps"] == 2
+    assert used["preset"] == "v1" and used["n_layer"] == 0 and used["block_size"] == 8
+
+
+def test_a_run_lies_in_runs_preset_by_default(babygpt, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert babygpt("train", "--preset", "v1", *flags, "--max-steps", 1)[0] == 0
+    assert (tmp_path / "runs" / "v1" / "last.pt").exists()
+    assert babygpt("train", "--preset", "v1", "--resume", "--max-steps", 2)[0] == 0
+    assert load_checkpoint(tmp_path / "runs" / "v1" / "last.pt")["step"] == 2
+
+
+def test_resume_takes_the_settings_of_the_run(babygpt, folder, config):
+    assert babygpt("train", "--out", folder, "--resume", "--max-steps", 22)[0] == 0
+    assert settings(folder)["n_embd"] == config.n_embd
+    assert load_checkpoint(folder / "last.pt")["step"] == 22
+
+
+def test_an_extended_run_keeps_the_end_of_its_decay(babygpt, tmp_path, text_file):
+    run = ["--out", tmp_path / "run", "--data", text_file, "--eval-iters", 1]
+    assert babygpt("train", "--preset", "v1", *run, "--min-lr", 1e-3, "--max-steps", 4)[0] == 0
+    assert settings(tmp_path / "run")["decay_steps"] == 4
+    assert babygpt("train", *run, "--resume", "--max-steps", 8, "--eval-interval", 1)[0] == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in log]
+    assert rates == pytest.approx([1e-2] + [1e-3] * 5)
+
+
+def test_a_finished_run_has_nothing_to_resume(babygpt, folder):
+    before = (folder / "log.jsonl").read_text()
+    status, out, _ = babygpt("train", "--out", folder, "--resume")
+    assert status == 0 and "a larger --max-steps extends" in out
+    assert (folder / "log.jsonl").read_text() == before
+
+
+def test_evaluation_is_exact_and_repeatable(babygpt, folder, config):
+    status, out, _ = babygpt("eval", "--checkpoint", folder, "--data", config.data)
+    assert babygpt("eval", "--checkpoint", folder, "--data", config.data)[1] == out
+    loss = exact_loss(load_model(folder)[0], load_dataset(config.data).splits["val"])
+    shown = {
+        name: float(re.search(rf"^{name} +([\d.]+)", out, re.MULTILINE)[1])
+        for name in ("loss", "perplexity", "bits per character")
+    }
+    assert shown["loss"] == pytest.approx(loss, abs=1e-4)
+    assert shown["perplexity"] == pytest.approx(math.exp(loss), abs=1e-3)
+    assert shown["bits per character"] == pytest.approx(loss / math.log(2), abs=1e-4)
+
+
+def test_evaluation_on_another_text_uses_the_vocabulary_of_the_run(babygpt, folder, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("a lazy fox jumps over the dog " * 20)
+    assert "60 characters" in babygpt("eval", "--checkpoint", folder, "--data", other)[1]
+    other.write_text("a lazy fox über the ☃ " * 20)
+    status, _, err = babygpt("eval", "--checkpoint", folder, "--data", other)
+    assert status == 1 and "'ü' (U+00FC), '☃' (U+2603)" in err
+
+
+def test_greedy_samples_agree_whatever_the_seed(babygpt, folder):
+    greedy = ["sample", "--checkpoint", folder, "--temperature", 0, "--max-new-tokens", 40]
+    assert babygpt(*greedy, "--seed", 1)[1] == babygpt(*greedy, "--seed", 2)[1]
+    drawn = [*greedy, "--temperature", 1]
+    assert babygpt(*drawn, "--seed", 1)[1] != babygpt(*drawn, "--seed", 2)[1]
+
+
+MISTAKES = [
+    (["train", "--preset", "v9"], "--preset must be one of quick, v1, v12, got 'v9'"),
+    (["train", "--data", "missing.txt"], "'missing.txt' does not exist"),
+    (["train", "--n-embd", "30", "--n-head", "4"], "--n-embd must be divisible by --n-head"),
+    (["train", "--batch-size", "0"], "--batch-size must be positive, got 0"),
+    (["train", "--max-steps", "-5"], "--max-steps must be positive, got -5"),
+    (["train", "--lr", "nan"], "--lr must be positive, got nan"),
+    (["train", "--lr", "inf"], "--lr must be finite"),
+    (["train", "--clip", "0"], "--clip must be positive"),
+    (["train", "--dropout", "1.5"], "--dropout must be in [0, 1), got 1.5"),
+    (["train", "--min-lr", "7"], "--min-lr must be in [0, --lr], got 7.0"),
+    (["train", "--warmup-steps", "9", "--decay-steps", "8"], "--decay-steps counts the warm-up"),
+    (["train", "--seed", "-1"], "--seed must be in [0, 2**63), got -1"),
+    (["train", "--seed", str(2**63)], "--seed must be in [0, 2**63)"),
+    (["train", "--block-size", "99999999"], "--block-size 99999999 needs at least 100000000"),
+    (["train", "--resume", "--out", "none"], "there is no run to continue in none"),
+    (["sample", "--checkpoint", "none"], "there is no checkpoint in none"),
+    (["sample", "--checkpoint", "none", "--temperature", "-1"], "--temperature must be 0 or more"),
+    (["sample", "--checkpoint", "none", "--top-k", "0"], "--top-k must be positive, got 0"),
+    (["sample", "--checkpoint", "none", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
+    (["eval", "--checkpoint", "none"], "there is no checkpoint in none"),
+]
+
+
+@pytest.mark.parametrize("words, message", MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_line(babygpt, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = babygpt(*words)
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--lr", "much"],
+        ["train", "--no-such-flag"],
+        ["train", "--loss", "mse"],
+        ["sample"],
+        ["walk"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_that_cannot_be_read_is_refused_without_a_traceback(babygpt, words):
+    status, _, err = babygpt(*words)
+    assert status == 2 and err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "change", [["--n-layer", 3], ["--lr", 0.1], ["--seed", 5], ["--preset", "v12"]], ids=str
+)
+def test_resume_refuses_to_make_another_run(babygpt, folder, change):
+    status, _, err = babygpt("train", "--out", folder, "--resume", "--max-steps", 30, *change)
+    assert status == 1 and f"{change[0]} cannot change with --resume" in err
+
+
+def test_resume_does_not_go_back(babygpt, folder):
+    status, _, err = babygpt("train", "--out", folder, "--resume", "--max-steps", 5)
+    assert status == 1 and "the run is at step 20, beyond --max-steps 5" in err
+
+
+def test_a_prompt_with_unknown_characters_is_refused(babygpt, folder):
+    status, _, err = babygpt("sample", "--checkpoint", folder, "--prompt", "the 诗")
+    assert status == 1 and "lacks the characters '诗' (U+8BD7)" in err
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_a_damaged_checkpoint_is_named(babygpt, folder, command):
+    (folder / "best.pt").write_bytes(b"PK\x03\x04 and no more")
+    status, _, err = babygpt(command, "--checkpoint", folder)
+    assert status == 1 and err == f"error: {folder / 'best.pt'} is damaged or not a checkpoint\n"
+
+
+def test_help_shows_the_numbers_of_the_preset(babygpt, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = babygpt("train", "--preset", "v12", "--help")
+    assert status == 0 and "384" in out and os.fspath("runs/PRESET") in out

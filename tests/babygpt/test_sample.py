@@ -1,0 +1,98 @@
+"""Draws from a model."""
+
+import pytest
+import torch
+
+from fused_ce.babygpt import BabyGPT, ModelConfig
+from fused_ce.babygpt.sample import choose_token, generate
+
+V = 7
+LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.15, 0.3, 0.1]]))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = BabyGPT(ModelConfig(V, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.5))
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def drawn(n=20_000, **settings):
+    generator = torch.Generator().manual_seed(0)
+    tokens = choose_token(LOGITS.repeat(n, 1), generator=generator, **settings)
+    return torch.bincount(tokens[:, 0], minlength=5) / n
+
+
+def test_greedy_takes_the_most_probable_token_each_time(model):
+    start = torch.tensor([[1, 2]])
+    idx = generate(model, start, 4, temperature=0)
+    model.eval()
+    for position in range(2, 6):
+        assert idx[0, position] == model(idx[:, :position])[0][0, -1].argmax()
+
+
+def test_draws_follow_the_seed(model):
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, torch.tensor([[1]]), 30, generator=generator).tolist()
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_draws_have_the_probabilities_of_the_model():
+    torch.testing.assert_close(drawn(temperature=1.0), LOGITS[0].exp(), atol=0.02, rtol=0)
+
+
+def test_temperature_divides_the_logits():
+    expected = (LOGITS[0] / 0.5).softmax(0)
+    torch.testing.assert_close(drawn(temperature=0.5), expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.01}, [1]),
+        ({"top_p": 0.69}, [1, 3]),
+        ({"top_p": 0.75}, [1, 2, 3]),
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"top_k": 3, "top_p": 0.5}, [1, 3]),
+    ],
+    ids=str,
+)
+def test_only_the_most_probable_tokens_are_drawn(settings, kept):
+    expected = torch.zeros(5)
+    expected[kept] = LOGITS[0].exp()[kept]
+    expected /= expected.sum()
+    torch.testing.assert_close(drawn(temperature=1.0, **settings), expected, atol=0.02, rtol=0)
+
+
+def test_the_model_sees_the_last_block_of_what_came_before(model):
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    idx = generate(model, torch.randint(V, (2, 5)), 10)
+    for length, context in enumerate(seen, start=5):
+        assert torch.equal(context, idx[:, max(0, length - 8) : length])
+    start = torch.randint(V, (1, 20))
+    assert torch.equal(generate(model, start, 3)[:, :20], start)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_and_no_gradient_is_kept(model, training):
+    model.train(training)
+    modes = []
+    generate(
+        model, torch.tensor([[1]]), 2,
+        on_token=lambda token: modes.append((model.training, torch.is_grad_enabled())),
+    )  # fmt: skip
+    assert modes == [(False, False)] * 2
+    assert model.training == training
+
+
+def test_every_new_token_is_announced(model):
+    seen = []
+    idx = generate(model, torch.tensor([[1], [2]]), 5, on_token=seen.append)
+    assert torch.equal(torch.cat(seen, dim=1), idx[:, 1:])
