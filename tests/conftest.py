@@ -1,0 +1,91 @@
+"""Every promise is tested on every backend; the Triton kernels run interpreted, on CPU tensors.
+
+`TRITON_INTERPRET=0 pytest -m cuda` runs the same tests with compiled kernels on a GPU.
+"""
+
+import contextlib
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is first imported
+
+import pytest
+import torch
+
+from fused_ce import backend
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def pytest_configure(config):
+    # exp2 of a large negative number and the like: meant, and silent on a GPU
+    for kind in ("overflow", "invalid value", "divide by zero"):
+        config.addinivalue_line(
+            "filterwarnings",
+            f"ignore:{kind} encountered:RuntimeWarning:triton.runtime.interpreter",
+        )
+        config.addinivalue_line(
+            "filterwarnings", f"ignore:{kind} encountered in reduce:RuntimeWarning:numpy"
+        )
+
+
+@contextlib.contextmanager
+def _entered(name):
+    """The device whose tensors `name` takes, with that backend chosen."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if INTERPRETED:
+            pytest.skip("the kernels are interpreted: TRITON_INTERPRET=0 pytest -m cuda")
+        yield "cuda"
+        return
+    if name == "triton":
+        pytest.importorskip("triton")
+        if not INTERPRETED:
+            pytest.skip("the kernels are compiled: they need a GPU, see the cuda tests")
+    with backend(name):
+        yield "cpu"
+
+
+@pytest.fixture(params=["cpu", "triton", "reference", CUDA])
+def device(request):
+    """Any backend."""
+    with _entered(request.param) as where:
+        yield where
+
+
+@pytest.fixture(params=["cpu", "triton", CUDA])
+def fused_device(request):
+    """The backends with a gradient of their own."""
+    with _entered(request.param) as where:
+        yield where
+
+
+@pytest.fixture(params=["triton", CUDA])
+def kernel_device(request):
+    """The Triton kernels, interpreted or on a GPU."""
+    with _entered(request.param) as where:
+        yield where
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def host_device(request):
+    """The backends that read the targets before they compute."""
+    with _entered(request.param) as where:
+        yield where
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch):
+    """What nobody writes shows: memory that is asked for uninitialised comes filled with NaN."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
+
+
+def _filled(allocate):
+    def allocate_nan(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        with torch.no_grad():
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return allocate_nan
