@@ -70,9 +70,9 @@ def test_options_one_by_one(device, options, vocab_size, grad_in_forward):
     assert_as_exact_as_torch(logits, targets, weight, **options)
 
 
-# one element; one vector and its neighbours; a power of two and one more, where the kernel changes;
+# one vector and its neighbours; a power of two and one more, where the kernel changes;
 # two steps of the stream with edges
-@pytest.mark.parametrize("vocab_size", [1, 2, 31, 33, 1024, 1025, 5001])
+@pytest.mark.parametrize("vocab_size", [2, 31, 33, 1024, 1025, 5001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_any_vocabulary_size(device, vocab_size, dtype):
     logits = random_logits(3, vocab_size, dtype=dtype, device=device)
@@ -81,6 +81,17 @@ def test_any_vocabulary_size(device, vocab_size, dtype):
         assert_as_exact_as_torch(
             logits, targets, reduction="none", label_smoothing=0.1, grad_in_forward=route
         )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_one_class_has_neither_loss_nor_gradient(device, dtype):
+    logits = random_logits(3, 1, dtype=dtype, device=device)
+    targets = torch.tensor([0, -100, 0], device=device)
+    losses, gradient, _ = fused(logits, targets, reduction="none")
+    assert (losses == 0).all() and (gradient == 0).all()
+    losses, gradient, _ = fused(logits, targets, reduction="none", label_smoothing=0.1)
+    assert (losses == 0).all()
+    assert gradient.abs().max() <= 1e-7  # what rounding leaves of 1 - (1 - s) - s
 
 
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
