@@ -1,0 +1,130 @@
+"""The CPU path: blocks of rows of any shape, and no memory beyond the gradient."""
+
+import pytest
+import torch
+from oracle import assert_as_exact_as_torch, fused, random_logits, random_targets, random_weight
+
+from fused_ce import backend, cpu, fused_cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with backend("cpu"):
+        yield
+
+
+BATCHES = [
+    pytest.param((11,), id="one-group"),
+    pytest.param((5, 3), id="groups-smaller-than-a-block"),
+    pytest.param((2, 9), id="groups-larger-than-a-block"),
+    pytest.param((7, 1), id="groups-of-one"),
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_any_block_size_gives_the_same(monkeypatch, batch, rows, dtype, inplace):
+    options = dict(label_smoothing=0.1, ignore_index=3, reduction="none", inplace=inplace)
+    padded = random_logits(*batch[:-1], batch[-1] + 1, 19, dtype=dtype)[..., :-1, :17]
+    targets = random_targets(*batch, classes=17)
+    weight = random_weight(17)
+    for route in (True, False):
+        results = []
+        for size in (1000, rows):
+            monkeypatch.setattr(cpu, "block_rows", lambda *_, size=size: size)
+            logits = padded.clone(memory_format=torch.preserve_format)
+            results.append(fused(logits, targets, weight, grad_in_forward=route, **options))
+        (losses, gradient, _), (again, gradient_again, _) = results
+        torch.testing.assert_close(losses, again)
+        torch.testing.assert_close(gradient, gradient_again)
+        monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
+        if not inplace:
+            assert_as_exact_as_torch(padded, targets, weight, grad_in_forward=route, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (10, 1), (3, 4), (4, 3), (2, 7), (0, 3), (3, 0)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 100])
+def test_blocks_cover_every_row_once(monkeypatch, shape, rows):
+    monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
+    logits = torch.zeros(*shape, 5)
+    numbers = torch.arange(shape[0] * shape[1]).view(shape)
+    seen = []
+    for flat, groups, columns in cpu._blocks(logits):
+        block = numbers[groups, columns].flatten()
+        assert 0 < len(block) <= max(rows, 1)
+        assert block.tolist() == list(range(flat.start, flat.stop))
+        seen += block.tolist()
+    assert seen == numbers.flatten().tolist()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 64])
+def test_a_block_fits_the_cache_or_holds_four_rows_a_thread(n_threads):
+    for vocab_size in (1, 2, 65, 1000, 50257, 1_000_000):
+        rows = cpu.block_rows(vocab_size, n_threads)
+        assert rows >= 4 * n_threads
+        fits = rows * vocab_size <= n_threads * cpu.BLOCK_ELEMENTS_PER_THREAD
+        assert fits or rows == 4 * n_threads
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_threads_do_not_change_the_numbers(n_threads):
+    logits, targets = random_logits(40, 301), random_targets(40, classes=301)
+    right, right_gradient, upstream = fused(logits, targets)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        loss, gradient, _ = fused(logits, targets, upstream=upstream)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(gradient, right_gradient)
+
+
+def peak_memory(function):
+    """Bytes that the CPU allocator holds at most during a call, beyond what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_peak_memory_is_measured():
+    assert peak_memory(lambda: torch.ones(1000) + torch.ones(1000)) >= 3 * 4000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("route, inplace, reduction, limit", [
+    pytest.param(True, False, "mean", 1.1, id="in-forward"),
+    pytest.param(False, False, "mean", 1.1, id="in-backward"),
+    pytest.param(False, False, "none", 1.1, id="none"),
+    pytest.param(True, True, "mean", 0.1, id="in-forward-inplace"),
+    pytest.param(False, True, "mean", 0.1, id="in-backward-inplace"),
+    pytest.param(None, False, None, 0.1, id="no-gradient"),
+])  # fmt: skip
+def test_peak_memory_is_one_gradient(dtype, route, inplace, reduction, limit):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a block is a megabyte or two a thread
+    logits = random_logits(3000, 8000, dtype=dtype)
+    targets = random_targets(3000, classes=8000)
+    leaf = logits.requires_grad_(reduction is not None)
+
+    def step():
+        loss = fused_cross_entropy(
+            leaf, targets, reduction=reduction or "mean", grad_in_forward=route, inplace=inplace,
+        )  # fmt: skip
+        if reduction is not None:
+            torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.3))
+
+    try:
+        peak = peak_memory(step)
+    finally:
+        torch.set_num_threads(threads)
+    assert peak <= limit * logits.numel() * logits.element_size()

@@ -1,0 +1,130 @@
+"""The package: light to import, whole without Triton, and free of bare asserts."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_ce
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*(ROOT / "fused_ce").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
+HEAVY = ("triton", "transformers", "matplotlib", "tyro", "tqdm", "safetensors")
+
+
+def run(code, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment.pop("FUSED_CE_BACKEND", None)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+def test_public_names():
+    public = {"FusedCrossEntropyLoss", "backend", "fused_cross_entropy", "reference_cross_entropy"}
+    assert public <= set(fused_ce.__all__)
+    assert all(hasattr(fused_ce, name) for name in fused_ce.__all__)
+    assert fused_ce.__all__ == sorted(fused_ce.__all__)
+
+
+def test_every_public_name_has_a_docstring():
+    for name in fused_ce.__all__:
+        assert getattr(fused_ce, name).__doc__, name
+
+
+def test_import_is_light():
+    """Of what torch itself does not import."""
+    code = f"""if True:
+        import sys, torch
+        before = set(sys.modules)
+        import fused_ce
+        print([name for name in {HEAVY!r} if name in set(sys.modules) - before])
+    """
+    result = run(code)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_works_without_triton():
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None  # import triton: ModuleNotFoundError
+
+        class Hidden:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "triton":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Hidden())
+        import torch, fused_ce
+        x = torch.zeros(2, 3, requires_grad=True)
+        for name in ("auto", "cpu", "reference"):
+            with fused_ce.backend(name):
+                fused_ce.fused_cross_entropy(x, torch.zeros(2).long()).backward()
+        fused_ce.FusedCrossEntropyLoss()(x, torch.zeros(2).long())
+        print(x.grad.shape, "triton" in [m for m, v in sys.modules.items() if v])
+    """
+    result = run(code)
+    assert result.stdout.strip() == "torch.Size([2, 3]) False", result.stderr
+
+
+def test_cpu_tensors_do_not_import_triton():
+    code = """if True:
+        import sys, torch, fused_ce
+        x = torch.zeros(2, 3, requires_grad=True)
+        fused_ce.fused_cross_entropy(x, torch.zeros(2).long()).backward()
+        print("triton" in sys.modules)
+    """
+    result = run(code)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_nothing_of_torch_is_patched():
+    code = """if True:
+        import torch, torch.nn.functional as F
+        before = F.cross_entropy, torch.nn.CrossEntropyLoss.forward, dict(vars(torch.nn.functional))
+        import fused_ce
+        after = F.cross_entropy, torch.nn.CrossEntropyLoss.forward, dict(vars(torch.nn.functional))
+        print(before == after)
+    """
+    result = run(code)
+    assert result.stdout.strip() == "True", result.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_bare_assert_answers_a_user(path):
+    tree = ast.parse(path.read_text())
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert not lines
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_never_ask_the_device(path):
+    """A host value read from a tensor stops the GPU: .item(), .tolist(), .cpu(), nonzero."""
+    forbidden = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
+    calls = [
+        node.func.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    assert not forbidden & set(calls)
+
+
+def test_kernels_know_no_autograd_and_raise_nothing():
+    for path in (ROOT / "kernels").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Raise)], path
+        assert "autograd" not in {
+            part
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for part in (node.module or "").split(".")
+        }
+
+
+def test_kernels_install_inside_the_package():
+    """`kernels` as a top-level name belongs to another distribution."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "fused_ce" / "kernels").resolve() == ROOT / "kernels"
