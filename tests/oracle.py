@@ -93,9 +93,7 @@ def assert_as_exact_as_torch(
     it rounds in between, and is no measure. `ulps_of_one` more are allowed where a confident row
     leaves 1 - p, and torch's error is a matter of luck.
     """
-    loss, gradient, upstream = fused(
-        logits, targets, weight, dim=dim, upstream=upstream, **options
-    )
+    loss, gradient, upstream = fused(logits, targets, weight, dim=dim, upstream=upstream, **options)
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     reduction = options.get("reduction", "mean")
     assert loss.dtype == compute

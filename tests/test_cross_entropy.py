@@ -138,9 +138,7 @@ def test_every_column_can_be_the_target(fused_device, position):
 def test_shapes(device, shape, dim, reduction):
     axis = (-1 if dim is None else dim) % len(shape)
     logits = random_logits(*shape, device=device)
-    targets = random_targets(
-        *shape[:axis], *shape[axis + 1 :], classes=shape[axis], device=device
-    )
+    targets = random_targets(*shape[:axis], *shape[axis + 1 :], classes=shape[axis], device=device)
     assert_as_exact_as_torch(logits, targets, dim=dim, reduction=reduction)
 
 
@@ -158,7 +156,10 @@ def test_torch_shapes_need_no_dim(device, shape):
     ids=str,
 )
 def test_ambiguous_shapes_are_refused(device, shape, targets_shape):
-    logits, targets = random_logits(*shape, device=device), random_targets(*targets_shape, classes=1)
+    logits, targets = (
+        random_logits(*shape, device=device),
+        random_targets(*targets_shape, classes=1),
+    )
     for function in (fused_cross_entropy, reference_cross_entropy):
         with pytest.raises(ValueError, match="dim=1 or dim=-1"):
             function(logits, targets.to(device))

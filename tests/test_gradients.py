@@ -156,14 +156,12 @@ class TestGraphs:
         logits, targets = a_batch(device, vocab_size)
         leaf = logits.clone().requires_grad_()
         loss = fused_cross_entropy(leaf, targets, grad_in_forward=grad_in_forward)
-        first, = torch.autograd.grad(loss, leaf, retain_graph=True)
+        (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
         kept = first.clone()
         torch.autograd.grad(2 * loss, leaf)
         assert torch.equal(first, kept)
 
-    def test_second_backward_without_a_kept_graph_raises(
-        self, device, vocab_size, grad_in_forward
-    ):
+    def test_second_backward_without_a_kept_graph_raises(self, device, vocab_size, grad_in_forward):
         logits, targets = a_batch(device, vocab_size)
         leaf = logits.clone().requires_grad_()
         loss = fused_cross_entropy(leaf, targets, grad_in_forward=grad_in_forward)
@@ -210,9 +208,7 @@ class TestGraphs:
         targets = random_targets(4, classes=vocab_size, device=device)
         loss = fused_cross_entropy(hidden @ matrix.t(), targets, grad_in_forward=grad_in_forward)
         got = torch.autograd.grad(loss, (hidden, matrix))
-        right = torch.autograd.grad(
-            F.cross_entropy(hidden @ matrix.t(), targets), (hidden, matrix)
-        )
+        right = torch.autograd.grad(F.cross_entropy(hidden @ matrix.t(), targets), (hidden, matrix))
         torch.testing.assert_close(got, right)
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -244,9 +240,7 @@ class TestGraphs:
         with pytest.raises(RuntimeError, match="create_graph=True.*reference"):
             torch.autograd.grad(loss, leaf, create_graph=True)
 
-    def test_logits_changed_before_backward_are_not_used(
-        self, device, vocab_size, grad_in_forward
-    ):
+    def test_logits_changed_before_backward_are_not_used(self, device, vocab_size, grad_in_forward):
         """Right (the gradient is already there) or an error, never the gradient of other logits."""
         logits, targets = a_batch(device, vocab_size)
         leaf = logits.clone().requires_grad_()
@@ -292,9 +286,7 @@ class TestInplace:
         self, fused_device, vocab_size, grad_in_forward, reduction, dtype
     ):
         logits, targets = a_batch(fused_device, vocab_size, dtype=dtype)
-        options = dict(
-            reduction=reduction, grad_in_forward=grad_in_forward, label_smoothing=0.1
-        )
+        options = dict(reduction=reduction, grad_in_forward=grad_in_forward, label_smoothing=0.1)
         loss, right, upstream = fused(logits, targets, **options)
         copy = logits.clone()
         same, gradient, _ = fused(copy, targets, upstream=upstream, inplace=True, **options)
@@ -331,12 +323,10 @@ class TestInplace:
         up = torch.tensor(0.5, device=fused_device)
         _, right, _ = fused(logits, targets, upstream=up)
         leaf = logits.clone().requires_grad_()
-        loss = fused_cross_entropy(
-            leaf, targets, inplace=True, grad_in_forward=grad_in_forward
-        )
+        loss = fused_cross_entropy(leaf, targets, inplace=True, grad_in_forward=grad_in_forward)
         torch.autograd.grad(loss, leaf, torch.tensor(3.0, device=fused_device), retain_graph=True)
         try:
-            gradient, = torch.autograd.grad(loss, leaf, up)
+            (gradient,) = torch.autograd.grad(loss, leaf, up)
         except RuntimeError as error:
             assert "modified by an inplace operation" in str(error)
         else:

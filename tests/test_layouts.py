@@ -230,9 +230,7 @@ def test_sum_of_none_is_sum(device, grad_in_forward):
     logits = random_logits(2, 3, LONG, device=device)
     targets = random_targets(2, 3, classes=LONG, device=device)
     leaf = logits.clone().requires_grad_()
-    losses = fused_cross_entropy(
-        leaf, targets, reduction="none", grad_in_forward=grad_in_forward
-    )
+    losses = fused_cross_entropy(leaf, targets, reduction="none", grad_in_forward=grad_in_forward)
     (2 * losses.sum()).backward()
     two = torch.tensor(2.0, device=device)
     _, right, _ = fused(logits, targets, reduction="sum", upstream=two)

@@ -76,9 +76,7 @@ class TestMaskedLogits:
         logits[0, :4500] = -torch.inf  # more than any kernel reads in one step
         logits[1, 3:] = -torch.inf
         targets = torch.tensor([4700, 1], device=device)
-        assert_as_exact_as_torch(
-            logits, targets, reduction="none", grad_in_forward=grad_in_forward
-        )
+        assert_as_exact_as_torch(logits, targets, reduction="none", grad_in_forward=grad_in_forward)
 
     @pytest.mark.parametrize("vocab_size", VOCABS)
     @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothing"])
@@ -132,9 +130,7 @@ class TestMaskedLogits:
         logits[2] = random_logits(vocab_size, dtype=dtype, device=device)
         logits[2, 9:] = lowest
         targets = torch.tensor([0, 3, 8], device=device)
-        assert_as_exact_as_torch(
-            logits, targets, reduction="none", grad_in_forward=grad_in_forward
-        )
+        assert_as_exact_as_torch(logits, targets, reduction="none", grad_in_forward=grad_in_forward)
 
     @pytest.mark.parametrize("vocab_size", VOCABS)
     @pytest.mark.parametrize("smoothing", [0.1, 1.0])
@@ -146,9 +142,7 @@ class TestMaskedLogits:
         logits[3, 1::2] = masked  # half of them, the target too
         targets = torch.full((4,), 7, device=device)
         targets[2] = 9
-        assert_as_exact_as_torch(
-            logits, targets, reduction="none", label_smoothing=smoothing
-        )
+        assert_as_exact_as_torch(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 class TestOffsetsAndConfidence:

@@ -1,0 +1,207 @@
+"""The launch policy, and the launchers with buffers whose surroundings are watched."""
+
+import pytest
+import torch
+from oracle import exact, inside, random_logits, random_targets, random_weight, untouched, worst
+
+pytest.importorskip("triton")
+from fused_ce.kernels import launch  # noqa: E402
+from fused_ce.kernels.launch import SMALL_VOCAB, small_config, stream_config  # noqa: E402
+from fused_ce.options import LossOptions  # noqa: E402
+from fused_ce.rows import empty_gradient  # noqa: E402
+
+VOCABS = sorted({*range(1, 300), *range(300, 1_000_000, 4999), 1_000_000,
+                 *(2**k + d for k in range(20) for d in (-1, 0, 1) if 2**k + d > 0)})  # fmt: skip
+WARPS = [32, 64]
+
+
+def is_power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+class TestPolicy:
+    @pytest.mark.parametrize("warp_size", WARPS)
+    @pytest.mark.parametrize("element_size", [2, 4, 8])
+    def test_stream(self, warp_size, element_size):
+        for vocab_size in VOCABS:
+            config = stream_config(vocab_size, element_size, warp_size)
+            assert is_power_of_two(config.block_v) and is_power_of_two(config.num_warps)
+            threads = config.num_warps * warp_size
+            assert 64 <= threads <= 1024
+            # one 16-byte vector a thread and tile: fewer threads than vectors, or idle ones, are slow
+            assert config.block_v * element_size == 16 * threads
+            assert config.unroll >= 1
+            assert config.block_v * config.unroll * element_size <= 64 * threads
+
+    @pytest.mark.parametrize("element_size", [2, 4, 8])
+    def test_longer_rows_never_get_fewer_threads(self, element_size):
+        warps = [stream_config(v, element_size).num_warps for v in VOCABS]
+        assert warps == sorted(warps)
+
+    @pytest.mark.parametrize("warp_size", WARPS)
+    def test_small(self, warp_size):
+        for vocab_size in range(1, SMALL_VOCAB + 1):
+            config = small_config(vocab_size, warp_size)
+            assert vocab_size <= config.block_v < 2 * vocab_size or vocab_size == 1
+            assert is_power_of_two(config.block_v) and is_power_of_two(config.block_rows)
+            assert is_power_of_two(config.num_warps) and config.num_warps * warp_size <= 1024
+            elements = config.block_rows * config.block_v
+            assert 512 <= elements <= 1024
+            assert elements / (config.num_warps * warp_size) <= 32  # registers
+
+    def test_the_same_on_every_machine(self):
+        """The interpreter must run what a GPU runs: no argument but sizes."""
+        assert stream_config(50257, 2) == stream_config(50257, 2, 32)
+        assert small_config(65) == small_config(65, 32)
+
+
+def guarded(shape, dtype, device, offset=0, padding=64):
+    """An uninitialised (NaN) tensor, its storage filled with a sentinel around it."""
+    values = torch.full(shape, torch.nan, dtype=dtype, device=device)
+    return inside(values, 7.0, offset=offset, padding=padding)
+
+
+SHAPES = [
+    pytest.param((1, 3, 65), id="small"),
+    pytest.param((2, 2, 65), id="small-groups"),
+    pytest.param((1, 9, 64), id="small-more-rows-than-a-program"),
+    pytest.param((1, 2, 1100), id="stream"),
+    pytest.param((2, 2, 4203), id="stream-groups-bulk-and-tail"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gap, offset", [(0, 0), (5, 3)], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+class TestGuardBands:
+    """Sentinels around every buffer that a launcher writes, NaN around what it reads."""
+
+    def buffers(self, device, shape, dtype, gap, offset, inplace):
+        values = random_logits(*shape, dtype=dtype, device=device)
+        strides = ((shape[1] + 1) * (shape[2] + gap), shape[2] + gap, 1)
+        logits, storage = inside(values, torch.nan, strides=strides, offset=offset)
+        targets = random_targets(*shape[:2], classes=shape[2], device=device)
+        targets[-1, 0] = -100
+        if inplace:
+            return values, logits, storage, targets, logits, storage, torch.nan
+        # gradient rows lie at the same address modulo 16 bytes as their logits, and farther apart
+        vector = 16 // dtype.itemsize
+        far = tuple(s + 2 * vector for s in strides[:2])
+        far = ((shape[1] + 1) * far[1] + (strides[0] - (shape[1] + 1) * strides[1]), far[1], 1)
+        far = (far[0] + (strides[0] - far[0]) % vector, far[1], 1)
+        out, out_storage = inside(
+            torch.full(shape, torch.nan, dtype=dtype, device=device), 7.0, strides=far,
+            offset=offset,
+        )  # fmt: skip
+        return values, logits, storage, targets, out, out_storage, 7.0
+
+    def check(self, values, logits, storage, out, out_storage, fill, inplace):
+        assert untouched(out_storage, out, fill)
+        if not inplace:
+            assert untouched(storage, logits, torch.nan)
+            assert torch.equal(logits, values)
+
+    def right(self, values, targets, weight, options, upstream):
+        rows = values.reshape(-1, values.shape[2]).cpu()
+        _, gradient = exact(
+            rows, targets.reshape(-1).cpu(), None if weight is None else weight.cpu(),
+            upstream=upstream.cpu(), reduction=options.reduction,
+            label_smoothing=options.label_smoothing,
+        )  # fmt: skip
+        return gradient
+
+    def near(self, gradient, right, dtype):
+        error = worst(gradient.reshape(right.shape), right)
+        assert error <= 4 * torch.finfo(dtype).eps * abs(right).max()
+
+    def test_forward_with_grad_and_scale(self, kernel_device, shape, dtype, gap, offset, inplace):
+        values, logits, storage, targets, out, out_storage, fill = self.buffers(
+            kernel_device, shape, dtype, gap, offset, inplace
+        )
+        weight = random_weight(shape[2], device=kernel_device)
+        options = LossOptions(reduction="none", label_smoothing=0.1)
+        losses = launch.forward_with_grad(logits, targets, weight, options, out)
+        ones = torch.ones_like(losses)
+        self.check(values, logits, storage, out, out_storage, fill, inplace)
+        self.near(out, self.right(values, targets, weight, options, ones), dtype)
+
+        upstream = torch.linspace(-1.0, 2.0, losses.numel(), device=kernel_device)
+        launch.scale(out, upstream, out)
+        self.check(values, logits, storage, out, out_storage, fill, inplace)
+        self.near(out, self.right(values, targets, weight, options, upstream), dtype)
+
+    def test_backward(self, kernel_device, shape, dtype, gap, offset, inplace):
+        values, logits, storage, targets, out, out_storage, fill = self.buffers(
+            kernel_device, shape, dtype, gap, offset, inplace
+        )
+        options = LossOptions(reduction="mean", label_smoothing=0.1)
+        loss, *stats = launch.forward(logits, targets, None, options)
+        upstream = torch.tensor(0.7, device=kernel_device)
+        launch.backward(upstream, logits, targets, None, tuple(stats), options, out)
+        self.check(values, logits, storage, out, out_storage, fill, inplace)
+        self.near(out, self.right(values, targets, None, options, upstream), dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1100), (2, 2, 65)], ids=str)
+@pytest.mark.parametrize("stride", [0, 1, 3], ids=["stride-0", "dense", "every-third"])
+def test_scale_into_another_buffer(kernel_device, shape, stride):
+    gradient = random_logits(*shape, device=kernel_device)
+    before = gradient.clone()
+    n_rows = shape[0] * shape[1]
+    factors = torch.arange(1.0, 1 + 3 * n_rows, device=kernel_device)
+    factors = factors.as_strided((n_rows,), (stride,))
+    out, storage = guarded(shape, torch.float32, kernel_device)
+    launch.scale(gradient, factors, out)
+    torch.testing.assert_close(out, before * factors.view(*shape[:2], 1))
+    assert torch.equal(gradient, before)
+    assert untouched(storage, out, 7.0)
+
+
+@pytest.mark.parametrize("n_elements", [1, 7, 32768, 32769, 100_003])
+def test_scale_of_one_factor_walks_over_all_elements(kernel_device, n_elements):
+    """A contiguous gradient is one long row, in pieces."""
+    gradient = random_logits(1, 1, n_elements, dtype=torch.bfloat16, device=kernel_device)
+    out, storage = guarded((1, 1, n_elements), torch.bfloat16, kernel_device)
+    launch.scale(gradient, torch.tensor(0.5, device=kernel_device), out)
+    assert torch.equal(out, gradient * 0.5)
+    assert untouched(storage, out, 7.0)
+
+
+def test_scale_of_more_rows_than_programs(kernel_device, monkeypatch):
+    from fused_ce.kernels import backward
+
+    monkeypatch.setattr(backward, "SCALE_PROGRAMS", 2)
+    gradient = random_logits(5, 1, 70, device=kernel_device)[:, :, :67]
+    out = empty_gradient(gradient)
+    factors = torch.arange(1.0, 6.0, device=kernel_device)
+    launch.scale(gradient, factors, out)
+    torch.testing.assert_close(out, gradient * factors.view(5, 1, 1))
+
+
+def test_one_launch_for_loss_and_gradient(kernel_device, monkeypatch):
+    """The promise of the in-forward route: the logits are read once."""
+    calls = []
+    for name in ("launch_forward", "launch_forward_with_grad", "launch_backward", "launch_small"):
+        function = getattr(launch, name)
+        monkeypatch.setattr(
+            launch, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))
+        )
+    for vocab_size, kernel in ((1100, "launch_forward_with_grad"), (65, "launch_small")):
+        logits = random_logits(1, 2, vocab_size, device=kernel_device)
+        targets = random_targets(1, 2, classes=vocab_size, device=kernel_device)
+        launch.forward_with_grad(logits, targets, None, LossOptions(), torch.empty_like(logits))
+        assert calls == [kernel]
+        calls.clear()
+
+
+def test_dense_logits_are_never_copied(kernel_device, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("a copy"))
+    logits = random_logits(2, 3, 1109, device=kernel_device)[:, :-1, :1100]
+    targets = random_targets(2, 2, classes=1100, device=kernel_device)
+    options, out = LossOptions(), torch.empty_like(logits)
+    launch.forward_with_grad(logits, targets, None, options, logits)
+    small = random_logits(1, 65, 3, device=kernel_device).transpose(1, 2)
+    out = torch.empty_like(small)
+    targets = random_targets(1, 3, classes=65, device=kernel_device)
+    launch.forward_with_grad(small, targets, None, options, out)
