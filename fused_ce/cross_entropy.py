@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_ce import cpu
+from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose, implementation
 from fused_ce.options import LossOptions
 from fused_ce.rows import as_rows
@@ -69,17 +71,23 @@ def fused_cross_entropy(
         grad_in_forward,
     )  # fmt: skip
     name = choose(logits.device)
-    if logits.device.type == "cpu" and name != "triton" or os.environ.get("FUSED_CE_DEBUG") == "1":
-        check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
+    may_ignore = True
+    if _host_may_read(logits.device, name):
+        may_ignore = check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
     if name == "reference":
         from fused_ce.reference import reference
 
         loss = reference(*call)
+    elif name == "cpu" and cpu.prefers_eager(call.logits, call.options, may_ignore):
+        loss = cpu.eager(*call)
     else:
-        from fused_ce.autograd import cross_entropy
-
         loss = cross_entropy(*call, implementation(name))
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _host_may_read(device: torch.device, name: str) -> bool:
+    """Whether looking at the targets costs nothing, or was asked for at any cost."""
+    return device.type == "cpu" and name != "triton" or os.environ.get("FUSED_CE_DEBUG") == "1"
 
 
 class Call(NamedTuple):
@@ -175,21 +183,21 @@ def _check_weight_and_devices(logits, targets, weight, vocab_size) -> None:
             raise ValueError(f"logits on {logits.device} need {name} there, got {tensor.device}")
 
 
-def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise IndexError with row and value of the first target that is no class and not ignored.
+def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> bool:
+    """Whether a row may be ignored; raises IndexError for a target that is no class and counts.
 
     Reads the targets on the host: never on a GPU unless FUSED_CE_DEBUG asks for it.
     """
     if targets.numel() == 0:
-        return
+        return False
     flat = targets.reshape(-1).long()
-    lowest, highest = torch.aminmax(flat)
-    if lowest >= 0 and highest < vocab_size:
-        return
-    wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise IndexError(
-            f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
-            f"{vocab_size}, or ignore_index ({ignore_index})"
-        )
+    lowest, highest = (int(bound) for bound in torch.aminmax(flat))
+    if lowest < 0 or highest >= vocab_size:
+        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise IndexError(
+                f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
+                f"{vocab_size}, or ignore_index ({ignore_index})"
+            )
+    return lowest <= ignore_index <= highest
