@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from fused_ce.options import LossOptions
 from fused_ce.rows import is_dense
 
 LOG2E = math.log2(math.e)
 BLOCK_ELEMENTS_PER_THREAD = 1 << 19  # 2 MiB of float32
-EAGER_ELEMENTS = 1 << 20
 
 
 def block_rows(vocab_size: int, n_threads: int) -> int:
@@ -30,30 +28,6 @@ def block_rows(vocab_size: int, n_threads: int) -> int:
     fifth in the start of their operations, larger ones win nothing and hold more scratch memory.
     """
     return max(4 * n_threads, BLOCK_ELEMENTS_PER_THREAD * n_threads // vocab_size)
-
-
-def prefers_eager(logits: torch.Tensor, options: LossOptions, may_ignore: bool) -> bool:
-    """Whether PyTorch's own loss is the faster right answer: small logits, and no row ignored.
-
-    The row-blocked path starts some twenty operations from Python, 0.2 ms; up to about a million
-    logits eager's extra passes run in cache and cost less than that. An ignored row may hold NaN,
-    which eager lets into its gradient.
-    """
-    return logits.numel() <= EAGER_ELEMENTS and not options.inplace and not may_ignore
-
-
-def eager(
-    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None, options: LossOptions
-) -> torch.Tensor:
-    """The loss, a scalar or (n_rows,), by `F.cross_entropy` in float32 (float64 for float64)."""
-    dtype = _compute_dtype(logits)
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[2]).to(dtype),
-        targets.reshape(-1).long(),
-        None if weight is None else weight.to(dtype),
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-    )
 
 
 def forward(
@@ -71,8 +45,7 @@ def forward_with_grad(
     grad_logits: torch.Tensor,
 ) -> torch.Tensor:
     """The loss; fills grad_logits (like the rows, or the rows themselves) for an upstream of 1."""
-    one = torch.ones((), dtype=_compute_dtype(logits))
-    return _pass_over_rows(logits, targets, weight, options, one, grad_logits)
+    return _pass_over_rows(logits, targets, weight, options, 1.0, grad_logits)
 
 
 def backward(
@@ -105,20 +78,14 @@ def _pass_over_rows(
     targets: torch.Tensor,
     weight: torch.Tensor | None,
     options: LossOptions,
-    grad_losses: torch.Tensor | None = None,
+    grad_losses: torch.Tensor | float = 0.0,
     grad_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss; where grad_logits is given, fills it."""
     dtype = _compute_dtype(logits)
     n_rows, vocab_size = logits.shape[:2].numel(), logits.shape[2]
     targets, ignored = _valid_targets(targets, options.ignore_index)
-    targets = targets[:, None]
-    terms = _row_terms(targets, ignored, weight, vocab_size, dtype, options)
-    if grad_losses is not None:
-        upstream = (grad_losses.to(dtype) / terms.divisor).expand(n_rows)[:, None]
-        if ignored is not None:
-            upstream = upstream.masked_fill(ignored, 0.0)
-        grad_lse, grad_target = upstream * terms.lse, -upstream * terms.target
+    terms = _row_terms(targets, ignored, weight, grad_losses, vocab_size, dtype, options)
 
     row_sum = torch.empty(n_rows, 1, dtype=dtype)
     x_target = torch.empty(n_rows, 1, dtype=dtype)  # less the row's maximum, as all x below
@@ -146,16 +113,17 @@ def _pass_over_rows(
 
         if grad_logits is None:
             continue
-        work.mul_(grad_lse[rows] / block_sum)
+        work.mul_(_at(terms.grad_lse, rows) / block_sum)
         if terms.smoothing and weight is None:
-            work.sub_(upstream[rows] * terms.smoothing)
+            work.sub_(_at(terms.grad_smooth, rows))
         elif terms.smoothing:
-            work.addcmul_(upstream[rows], terms.weight.T, value=-terms.smoothing)
-        work.scatter_add_(1, target, grad_target[rows])
+            work.sub_(_at(terms.grad_smooth, rows) * terms.weight.T)
+        minus_onehot = torch.as_tensor(-_at(terms.grad_target, rows), dtype=dtype).expand(n, 1)
+        work.scatter_add_(1, target, minus_onehot)
         if scratch is not None:
             grad_logits[groups, columns] = work.view(shape)
 
-    losses = row_sum.log_() * terms.lse - x_target * terms.target
+    losses = row_sum.log_().mul_(terms.lse).sub_(x_target.mul_(terms.target))
     if terms.smoothing:
         losses -= terms.smoothing * x_smooth
     if ignored is not None:
@@ -166,47 +134,67 @@ def _pass_over_rows(
 def _valid_targets(
     targets: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Targets (n_rows,), all of them classes, and which rows (n_rows, 1) are ignored, if any is."""
-    targets = targets.reshape(-1).long()
+    """Targets (n_rows, 1), all of them classes, and which rows are ignored, if any is."""
+    targets = targets.reshape(-1, 1).long()
     if targets.numel() == 0:
         return targets, None
     lowest, highest = (int(bound) for bound in torch.aminmax(targets))
     if not lowest <= ignore_index <= highest:
         return targets, None
     ignored = targets == ignore_index
-    return targets.masked_fill(ignored, 0), ignored[:, None]
+    return targets.masked_fill(ignored, 0), ignored
 
 
 class _RowTerms(NamedTuple):
     """Factors of the loss `lse * log_sum_exp - target * x_y - smoothing * sum_c weight[c] * x_c`.
 
-    A number where it is the same for all rows, else (n_rows, 1). weight is (C, 1).
+    Those of its gradient have the upstream gradient and the mean in them. A number where it is the
+    same for all rows, which spares a dozen small operations, else (n_rows, 1); weight is (C, 1).
     """
 
     lse: torch.Tensor | float
     target: torch.Tensor | float
     smoothing: float
-    divisor: torch.Tensor | float
     weight: torch.Tensor | None
+    divisor: torch.Tensor | float
+    grad_lse: torch.Tensor | float
+    grad_target: torch.Tensor | float
+    grad_smooth: torch.Tensor | float
 
 
-def _row_terms(targets, ignored, weight, vocab_size, dtype, options) -> _RowTerms:
+def _row_terms(targets, ignored, weight, grad_losses, vocab_size, dtype, options) -> _RowTerms:
     smoothing = options.label_smoothing / vocab_size
     row_weight, weight_sum, divisor = 1.0, vocab_size, float(targets.numel())
     if weight is not None:
         weight = weight.to(dtype)[:, None]
-        row_weight, weight_sum = weight[targets.squeeze(1)], weight.sum()
+        weight_sum = float(weight.sum())
+        row_weight = weight[targets.squeeze(1)]
         if ignored is not None:
             row_weight.masked_fill_(ignored, 0.0)
-        divisor = row_weight.sum()
+        divisor = float(row_weight.sum())
     elif ignored is not None:
         divisor -= float(ignored.sum())
     if options.reduction != "mean":
         divisor = 1.0
-    elif isinstance(divisor, float):
-        divisor = torch.tensor(divisor, dtype=dtype)  # 0 / 0 is NaN to a tensor, an error to Python
     target = row_weight * (1.0 - options.label_smoothing)
-    return _RowTerms(target + smoothing * weight_sum, target, smoothing, divisor, weight)
+    lse = target + smoothing * weight_sum
+
+    if isinstance(grad_losses, torch.Tensor):
+        grad_losses = (
+            grad_losses.to(dtype).reshape(-1, 1) if grad_losses.dim() else float(grad_losses)
+        )
+    upstream = grad_losses / divisor if divisor else math.nan  # no row counts: no gradient is used
+    if ignored is not None:
+        upstream = torch.where(ignored, 0.0, torch.as_tensor(upstream, dtype=dtype))
+    return _RowTerms(
+        lse, target, smoothing, weight, divisor,
+        grad_lse=upstream * lse, grad_target=upstream * target, grad_smooth=upstream * smoothing,
+    )  # fmt: skip
+
+
+def _at(value: torch.Tensor | float, rows: slice) -> torch.Tensor | float:
+    """The value of these rows: of a number for all, or of a (n_rows, 1) tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
 
 
 def _can_hold_work(grad_logits: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from fused_ce import cpu
 from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose, implementation
 from fused_ce.options import LossOptions
@@ -71,15 +70,12 @@ def fused_cross_entropy(
         grad_in_forward,
     )  # fmt: skip
     name = choose(logits.device)
-    may_ignore = True
     if _host_may_read(logits.device, name):
-        may_ignore = check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
+        check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
     if name == "reference":
         from fused_ce.reference import reference
 
         loss = reference(*call)
-    elif name == "cpu" and cpu.prefers_eager(call.logits, call.options, may_ignore):
-        loss = cpu.eager(*call)
     else:
         loss = cross_entropy(*call, implementation(name))
     return loss.view(targets.shape) if reduction == "none" else loss
@@ -183,13 +179,13 @@ def _check_weight_and_devices(logits, targets, weight, vocab_size) -> None:
             raise ValueError(f"logits on {logits.device} need {name} there, got {tensor.device}")
 
 
-def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> bool:
-    """Whether a row may be ignored; raises IndexError for a target that is no class and counts.
+def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise IndexError with row and value of the first target that is no class and not ignored.
 
     Reads the targets on the host: never on a GPU unless FUSED_CE_DEBUG asks for it.
     """
     if targets.numel() == 0:
-        return False
+        return
     flat = targets.reshape(-1).long()
     lowest, highest = (int(bound) for bound in torch.aminmax(flat))
     if lowest < 0 or highest >= vocab_size:
@@ -200,4 +196,3 @@ def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index:
                 f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
                 f"{vocab_size}, or ignore_index ({ignore_index})"
             )
-    return lowest <= ignore_index <= highest
