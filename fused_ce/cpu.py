@@ -21,13 +21,15 @@ LOG2E = math.log2(math.e)
 BLOCK_ELEMENTS_PER_THREAD = 1 << 19  # 2 MiB of float32
 
 
-def block_rows(vocab_size: int, n_threads: int) -> int:
+def block_rows(vocab_size: int, n_threads: int, in_scratch: bool) -> int:
     """How many rows to work on at once: the one place that decides.
 
     Measured with two threads, V = 65 to 128,256, float32 and bfloat16: smaller blocks lose up to a
-    fifth in the start of their operations, larger ones win nothing and hold more scratch memory.
+    fifth in the start of their operations, larger ones win nothing. Where a block needs scratch
+    memory (16-bit logits) it is half as large, to hold no more than 1 MiB a thread.
     """
-    return max(4 * n_threads, BLOCK_ELEMENTS_PER_THREAD * n_threads // vocab_size)
+    elements = BLOCK_ELEMENTS_PER_THREAD // (2 if in_scratch else 1)
+    return max(4 * n_threads, elements * n_threads // vocab_size)
 
 
 def forward(
@@ -67,7 +69,7 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
         return
     dtype = _compute_dtype(grad_logits)
     factors = grad_losses.to(dtype).expand(grad_logits.shape[:2].numel())
-    for rows, groups, columns in _blocks(grad_logits):
+    for rows, groups, columns in _blocks(grad_logits, in_scratch=True):
         block = grad_logits[groups, columns]
         factor = factors[rows].view(*block.shape[:2], 1)
         out[groups, columns] = block.to(dtype) * factor
@@ -91,9 +93,10 @@ def _pass_over_rows(
     x_target = torch.empty(n_rows, 1, dtype=dtype)  # less the row's maximum, as all x below
     x_smooth = torch.empty(n_rows, 1, dtype=dtype) if terms.smoothing else None
     scratch = None
-    if grad_logits is None or not _can_hold_work(grad_logits, dtype):
-        scratch = torch.empty(min(n_rows, _rows_at_once(logits)), vocab_size, dtype=dtype)
-    for rows, groups, columns in _blocks(logits):
+    in_scratch = grad_logits is None or not _can_hold_work(grad_logits, dtype)
+    if in_scratch:
+        scratch = torch.empty(min(n_rows, _rows_at_once(logits, True)), vocab_size, dtype=dtype)
+    for rows, groups, columns in _blocks(logits, in_scratch):
         x = logits[groups, columns]
         shape, n = x.shape, rows.stop - rows.start
         work = grad_logits[groups, columns].view(n, vocab_size) if scratch is None else scratch[:n]
@@ -207,19 +210,19 @@ def _compute_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _rows_at_once(logits: torch.Tensor) -> int:
+def _rows_at_once(logits: torch.Tensor, in_scratch: bool) -> int:
     """`block_rows`, in whole groups where a group is smaller than a block."""
     rows_per_group = max(logits.shape[1], 1)
-    rows = block_rows(logits.shape[2], torch.get_num_threads())
+    rows = block_rows(logits.shape[2], torch.get_num_threads(), in_scratch)
     return rows if rows <= rows_per_group else rows // rows_per_group * rows_per_group
 
 
-def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def _blocks(logits: torch.Tensor, in_scratch: bool) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of flat rows, groups and rows within a group that cover (n_groups, rows_per_group)."""
     n_groups, rows_per_group, _ = logits.shape
     if n_groups * rows_per_group == 0:
         return
-    rows = _rows_at_once(logits)
+    rows = _rows_at_once(logits, in_scratch)
     groups = max(1, rows // rows_per_group)
     rows = min(rows, rows_per_group)
     for group in range(0, n_groups, groups):
