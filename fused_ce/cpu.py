@@ -111,7 +111,9 @@ def _pass_over_rows(
         torch.sub(x, x.amax(dim=1, keepdim=True), out=work)
         torch.gather(work, 1, target, out=x_target[rows])
         if terms.smoothing:
-            x_smooth[rows] = work.sum(1, keepdim=True) if weight is None else work @ terms.weight
+            # Not a matrix product: autocast would run it in bfloat16.
+            weighted = work if weight is None else work * terms.weight.T
+            torch.sum(weighted, dim=1, keepdim=True, out=x_smooth[rows])
         torch.sum(work.mul_(LOG2E).exp2_(), dim=1, keepdim=True, out=block_sum)
 
         if grad_logits is None:
