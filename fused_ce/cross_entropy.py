@@ -100,10 +100,7 @@ def prepare(
 ) -> Call:
     """Check everything that the host can see without reading a tensor, and make rows of it."""
     _check_types(logits, targets, weight, ignore_index)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_options(reduction, label_smoothing)
     dim = class_axis(logits.shape, targets.shape, dim)
     vocab_size = logits.shape[dim]
     if vocab_size == 0:
@@ -120,6 +117,14 @@ def prepare(
         grad_in_forward=grad_in_forward,
     )
     return Call(rows, row_targets, weight, options)
+
+
+def check_options(reduction: str, label_smoothing: float) -> None:
+    """Raise ValueError for what no logits could make right."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | None) -> int:
