@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-cuda lint format bench wheel clean
+.PHONY: train test gpu lint format bench wheel clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs
@@ -14,7 +14,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
 # On a machine with a GPU: the same tests on the real kernels.
-test-cuda: $(INSTALLED)
+gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
 
 lint: $(INSTALLED)
