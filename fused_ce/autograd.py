@@ -52,9 +52,8 @@ class FusedCrossEntropy(torch.autograd.Function):
             )
         if ctx.options.grad_in_forward:
             (grad_logits,) = ctx.saved_tensors
-            # Multiplying in place costs no memory, but a graph that is kept needs the factor-free
-            # gradient again.
-            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            # In place costs no memory, but a graph that is kept needs this gradient once more.
+            kept = _graph_is_kept()
             out = empty_gradient(grad_logits) if kept else grad_logits
             ctx.implementation.scale(grad_logits, grad_loss, out)
             return out, None, None, None, None
@@ -67,6 +66,12 @@ class FusedCrossEntropy(torch.autograd.Function):
         if ctx.options.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to retain its graph; True if PyTorch does not say."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keeps is None else keeps()
 
 
 def _gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:

@@ -10,6 +10,7 @@ The four public functions are those of kernels/launch.py; autograd.py calls eith
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -17,16 +18,18 @@ from fused_ce.options import LossOptions
 from fused_ce.rows import is_dense
 
 LOG2E = math.log2(math.e)
-BLOCK_ELEMENTS_PER_THREAD = 1 << 18  # 1 MiB of float32, about one core's second-level cache
+BLOCK_ELEMENTS_PER_THREAD = 1 << 19  # 2 MiB of float32
 
 
-def block_rows(vocab_size: int, n_threads: int) -> int:
+def block_rows(vocab_size: int, n_threads: int, in_scratch: bool) -> int:
     """How many rows to work on at once: the one place that decides.
 
-    Measured with two threads, V = 65 to 128,256, float32 and bfloat16: below four rows a thread
-    the start of each operation costs more than its work; beyond the cache every pass costs memory.
+    Measured with two threads, V = 65 to 128,256, float32 and bfloat16: smaller blocks lose up to a
+    fifth in the start of their operations, larger ones win nothing. Where a block needs scratch
+    memory (16-bit logits) it is half as large, to hold no more than 1 MiB a thread.
     """
-    return max(4 * n_threads, BLOCK_ELEMENTS_PER_THREAD * n_threads // vocab_size)
+    elements = BLOCK_ELEMENTS_PER_THREAD // (2 if in_scratch else 1)
+    return max(4 * n_threads, elements * n_threads // vocab_size)
 
 
 def forward(
@@ -44,8 +47,7 @@ def forward_with_grad(
     grad_logits: torch.Tensor,
 ) -> torch.Tensor:
     """The loss; fills grad_logits (like the rows, or the rows themselves) for an upstream of 1."""
-    one = torch.ones((), dtype=_compute_dtype(logits))
-    return _pass_over_rows(logits, targets, weight, options, one, grad_logits)
+    return _pass_over_rows(logits, targets, weight, options, 1.0, grad_logits)
 
 
 def backward(
@@ -67,7 +69,7 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
         return
     dtype = _compute_dtype(grad_logits)
     factors = grad_losses.to(dtype).expand(grad_logits.shape[:2].numel())
-    for rows, groups, columns in _blocks(grad_logits):
+    for rows, groups, columns in _blocks(grad_logits, in_scratch=True):
         block = grad_logits[groups, columns]
         factor = factors[rows].view(*block.shape[:2], 1)
         out[groups, columns] = block.to(dtype) * factor
@@ -78,69 +80,126 @@ def _pass_over_rows(
     targets: torch.Tensor,
     weight: torch.Tensor | None,
     options: LossOptions,
-    grad_losses: torch.Tensor | None = None,
+    grad_losses: torch.Tensor | float = 0.0,
     grad_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss; where grad_logits is given, fills it."""
     dtype = _compute_dtype(logits)
     n_rows, vocab_size = logits.shape[:2].numel(), logits.shape[2]
-    targets = targets.reshape(-1).long()
-    ignored = targets == options.ignore_index
-    targets = targets.masked_fill(ignored, 0)
-    if weight is None:
-        row_weight = torch.ones(n_rows, dtype=dtype)
-        weight_sum = vocab_size
-    else:
-        weight = weight.to(dtype)
-        row_weight = weight[targets]
-        weight_sum = weight.sum()
-    row_weight = row_weight.masked_fill_(ignored, 0.0)
-    divisor = row_weight.sum() if options.reduction == "mean" else 1.0
+    targets, ignored = _valid_targets(targets, options.ignore_index)
+    terms = _row_terms(targets, ignored, weight, grad_losses, vocab_size, dtype, options)
 
-    smoothing = options.label_smoothing / vocab_size
-    target_factor = row_weight * (1.0 - options.label_smoothing)  # of lse - x_y
-    lse_factor = (target_factor + smoothing * weight_sum).masked_fill_(ignored, 0.0)
-    if grad_losses is not None:
-        upstream = (grad_losses.to(dtype) / divisor).expand(n_rows).masked_fill(ignored, 0.0)
-
-    losses = torch.empty(n_rows, dtype=dtype)
+    row_sum = torch.empty(n_rows, 1, dtype=dtype)
+    x_target = torch.empty(n_rows, 1, dtype=dtype)  # less the row's maximum, as all x below
+    x_smooth = torch.empty(n_rows, 1, dtype=dtype) if terms.smoothing else None
     scratch = None
-    if grad_logits is None or not _can_hold_work(grad_logits, dtype):
-        scratch = torch.empty(min(n_rows, _rows_at_once(logits)), vocab_size, dtype=dtype)
-    for rows, groups, columns in _blocks(logits):
-        source = logits[groups, columns]
-        n = rows.stop - rows.start
+    in_scratch = grad_logits is None or not _can_hold_work(grad_logits, dtype)
+    if in_scratch:
+        scratch = torch.empty(min(n_rows, _rows_at_once(logits, True)), vocab_size, dtype=dtype)
+    for rows, groups, columns in _blocks(logits, in_scratch):
+        x = logits[groups, columns]
+        shape, n = x.shape, rows.stop - rows.start
         work = grad_logits[groups, columns].view(n, vocab_size) if scratch is None else scratch[:n]
-        if work.data_ptr() != source.data_ptr():
-            work.view(source.shape).copy_(source)
-        # An ignored row may hold anything: 0 * NaN would come back in its gradient.
-        work[ignored[rows]] = 0.0
-        target = targets[rows, None]
+        x = x.view(n, vocab_size) if shape[0] == 1 else x
+        if x.dim() == 3 or x.dtype != dtype or ignored is not None:
+            work.view(x.shape).copy_(x)
+            x = work
+        if ignored is not None:  # may hold anything, and 0 * NaN would come back in its gradient
+            x.masked_fill_(ignored[rows], 0.0)
+        target, block_sum = targets[rows], row_sum[rows]
 
-        row_max = work.amax(dim=1, keepdim=True)
-        work.sub_(row_max)
-        target_logits = work.gather(1, target).squeeze(1)
-        if smoothing:
-            smoothed = work.sum(dim=1) if weight is None else work @ weight
-        row_sum = work.mul_(LOG2E).exp2_().sum(dim=1)
-        log_sum = row_sum.log()
-        losses[rows] = lse_factor[rows] * log_sum - target_factor[rows] * target_logits
-        if smoothing:
-            losses[rows] -= smoothing * smoothed
+        torch.sub(x, x.amax(dim=1, keepdim=True), out=work)
+        torch.gather(work, 1, target, out=x_target[rows])
+        if terms.smoothing:
+            # Not a matrix product: autocast would run it in bfloat16.
+            weighted = work if weight is None else work * terms.weight.T
+            torch.sum(weighted, dim=1, keepdim=True, out=x_smooth[rows])
+        torch.sum(work.mul_(LOG2E).exp2_(), dim=1, keepdim=True, out=block_sum)
 
         if grad_logits is None:
             continue
-        work.mul_((upstream[rows] * lse_factor[rows] / row_sum)[:, None])
-        if smoothing and weight is None:
-            work.sub_((upstream[rows] * smoothing)[:, None])
-        elif smoothing:
-            work.addcmul_(upstream[rows, None], weight, value=-smoothing)
-        work.scatter_add_(1, target, -(upstream * target_factor)[rows, None])
+        work.mul_(_at(terms.grad_lse, rows) / block_sum)
+        if terms.smoothing and weight is None:
+            work.sub_(_at(terms.grad_smooth, rows))
+        elif terms.smoothing:
+            work.sub_(_at(terms.grad_smooth, rows) * terms.weight.T)
+        minus_onehot = torch.as_tensor(-_at(terms.grad_target, rows), dtype=dtype).expand(n, 1)
+        work.scatter_add_(1, target, minus_onehot)
         if scratch is not None:
-            grad_logits[groups, columns] = work.view(source.shape)
+            grad_logits[groups, columns] = work.view(shape)
 
-    losses.masked_fill_(ignored, 0.0)
-    return losses if options.reduction == "none" else losses.sum() / divisor
+    losses = row_sum.log_().mul_(terms.lse).sub_(x_target.mul_(terms.target))
+    if terms.smoothing:
+        losses -= terms.smoothing * x_smooth
+    if ignored is not None:
+        losses.masked_fill_(ignored, 0.0)
+    return losses.squeeze(1) if options.reduction == "none" else losses.sum() / terms.divisor
+
+
+def _valid_targets(
+    targets: torch.Tensor, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Targets (n_rows, 1), all of them classes, and which rows are ignored, if any is."""
+    targets = targets.reshape(-1, 1).long()
+    if targets.numel() == 0:
+        return targets, None
+    lowest, highest = (int(bound) for bound in torch.aminmax(targets))
+    if not lowest <= ignore_index <= highest:
+        return targets, None
+    ignored = targets == ignore_index
+    return targets.masked_fill(ignored, 0), ignored
+
+
+class _RowTerms(NamedTuple):
+    """Factors of the loss `lse * log_sum_exp - target * x_y - smoothing * sum_c weight[c] * x_c`.
+
+    Those of its gradient have the upstream gradient and the mean in them. A number where it is the
+    same for all rows, which spares a dozen small operations, else (n_rows, 1); weight is (C, 1).
+    """
+
+    lse: torch.Tensor | float
+    target: torch.Tensor | float
+    smoothing: float
+    weight: torch.Tensor | None
+    divisor: torch.Tensor | float
+    grad_lse: torch.Tensor | float
+    grad_target: torch.Tensor | float
+    grad_smooth: torch.Tensor | float
+
+
+def _row_terms(targets, ignored, weight, grad_losses, vocab_size, dtype, options) -> _RowTerms:
+    smoothing = options.label_smoothing / vocab_size
+    row_weight, weight_sum, divisor = 1.0, vocab_size, float(targets.numel())
+    if weight is not None:
+        weight = weight.to(dtype)[:, None]
+        weight_sum = float(weight.sum())
+        row_weight = weight[targets.squeeze(1)]
+        if ignored is not None:
+            row_weight.masked_fill_(ignored, 0.0)
+        divisor = float(row_weight.sum())
+    elif ignored is not None:
+        divisor -= float(ignored.sum())
+    if options.reduction != "mean":
+        divisor = 1.0
+    target = row_weight * (1.0 - options.label_smoothing)
+    lse = target + smoothing * weight_sum
+
+    if isinstance(grad_losses, torch.Tensor):
+        grad_losses = (
+            grad_losses.to(dtype).reshape(-1, 1) if grad_losses.dim() else float(grad_losses)
+        )
+    upstream = grad_losses / divisor if divisor else math.nan  # no row counts: no gradient is used
+    if ignored is not None:
+        upstream = torch.where(ignored, 0.0, torch.as_tensor(upstream, dtype=dtype))
+    return _RowTerms(
+        lse, target, smoothing, weight, divisor,
+        grad_lse=upstream * lse, grad_target=upstream * target, grad_smooth=upstream * smoothing,
+    )  # fmt: skip
+
+
+def _at(value: torch.Tensor | float, rows: slice) -> torch.Tensor | float:
+    """The value of these rows: of a number for all, or of a (n_rows, 1) tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
 
 
 def _can_hold_work(grad_logits: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -153,19 +212,19 @@ def _compute_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _rows_at_once(logits: torch.Tensor) -> int:
+def _rows_at_once(logits: torch.Tensor, in_scratch: bool) -> int:
     """`block_rows`, in whole groups where a group is smaller than a block."""
     rows_per_group = max(logits.shape[1], 1)
-    rows = block_rows(logits.shape[2], torch.get_num_threads())
+    rows = block_rows(logits.shape[2], torch.get_num_threads(), in_scratch)
     return rows if rows <= rows_per_group else rows // rows_per_group * rows_per_group
 
 
-def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def _blocks(logits: torch.Tensor, in_scratch: bool) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of flat rows, groups and rows within a group that cover (n_groups, rows_per_group)."""
     n_groups, rows_per_group, _ = logits.shape
     if n_groups * rows_per_group == 0:
         return
-    rows = _rows_at_once(logits)
+    rows = _rows_at_once(logits, in_scratch)
     groups = max(1, rows // rows_per_group)
     rows = min(rows, rows_per_group)
     for group in range(0, n_groups, groups):

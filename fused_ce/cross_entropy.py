@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose, implementation
 from fused_ce.options import LossOptions
 from fused_ce.rows import as_rows
@@ -69,17 +70,20 @@ def fused_cross_entropy(
         grad_in_forward,
     )  # fmt: skip
     name = choose(logits.device)
-    if logits.device.type == "cpu" and name != "triton" or os.environ.get("FUSED_CE_DEBUG") == "1":
+    if _host_may_read(logits.device, name):
         check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
     if name == "reference":
         from fused_ce.reference import reference
 
         loss = reference(*call)
     else:
-        from fused_ce.autograd import cross_entropy
-
         loss = cross_entropy(*call, implementation(name))
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _host_may_read(device: torch.device, name: str) -> bool:
+    """Whether looking at the targets costs nothing, or was asked for at any cost."""
+    return device.type == "cpu" and name != "triton" or os.environ.get("FUSED_CE_DEBUG") == "1"
 
 
 class Call(NamedTuple):
@@ -96,10 +100,7 @@ def prepare(
 ) -> Call:
     """Check everything that the host can see without reading a tensor, and make rows of it."""
     _check_types(logits, targets, weight, ignore_index)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_options(reduction, label_smoothing)
     dim = class_axis(logits.shape, targets.shape, dim)
     vocab_size = logits.shape[dim]
     if vocab_size == 0:
@@ -116,6 +117,14 @@ def prepare(
         grad_in_forward=grad_in_forward,
     )
     return Call(rows, row_targets, weight, options)
+
+
+def check_options(reduction: str, label_smoothing: float) -> None:
+    """Raise ValueError for what no logits could make right."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | None) -> int:
@@ -183,13 +192,12 @@ def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index:
     if targets.numel() == 0:
         return
     flat = targets.reshape(-1).long()
-    lowest, highest = torch.aminmax(flat)
-    if lowest >= 0 and highest < vocab_size:
-        return
-    wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise IndexError(
-            f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
-            f"{vocab_size}, or ignore_index ({ignore_index})"
-        )
+    lowest, highest = (int(bound) for bound in torch.aminmax(flat))
+    if lowest < 0 or highest >= vocab_size:
+        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise IndexError(
+                f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
+                f"{vocab_size}, or ignore_index ({ignore_index})"
+            )

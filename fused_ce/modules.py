@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fused_ce.cross_entropy import fused_cross_entropy
+from fused_ce.cross_entropy import check_options, fused_cross_entropy
 
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -42,6 +42,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     ) -> None:
         """Store the options; `forward` reads the attributes, so they may be changed later."""
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        check_options(self.reduction, self.label_smoothing)
         self.dim = dim
         self.inplace = inplace
         self.grad_in_forward = grad_in_forward
@@ -61,7 +62,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def extra_repr(self) -> str:
-        """The options that differ from their defaults' silence."""
+        """What `print(module)` shows between the brackets."""
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}"

@@ -49,7 +49,7 @@ def cross_entropy_backward_kernel(
     start = tl.program_id(1) * (BLOCK_V * UNROLL)
     offset = row_offset(row, rows_per_group, targets_group_stride, targets_row_stride)
     target, ignored, in_range = load_target(targets_ptr, offset, ignore_index, vocab_size)
-    counts = ignored == 0
+    counts = target != ignore_index
     row_ptr = logits_ptr + row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
     offset = row_offset(row, rows_per_group, grad_group_stride, grad_row_stride)
     grad_row_ptr = grad_logits_ptr + offset
@@ -70,14 +70,16 @@ def cross_entropy_backward_kernel(
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
     _, grad_interior_ptr, _ = split_row(grad_row_ptr, vocab_size, VEC)
     cols, first = tile_columns(BLOCK_V, VEC)
+    read_size = tl.where(counts, interior_size, 0)
     tiles = ()
     for tile in tl.static_range(UNROLL):
         at = start + tile * BLOCK_V
-        mask = (at + first < interior_size) & counts
+        mask = at + first < read_size
         tiles = tiles + (tl.load(interior_ptr + at + cols, mask=mask, other=0.0),)
-    edge, is_edge = edge_columns(skew, interior_size, vocab_size, VEC)
-    is_edge = is_edge & (start == 0)  # the first program of a row takes its edges
-    x_edge = tl.load(row_ptr + edge, mask=is_edge & counts, other=0.0).to(DTYPE)
+    edge_size = tl.where(start == 0, vocab_size, 0)  # the first program of a row takes its edges
+    edge, is_edge = edge_columns(skew, interior_size, edge_size, VEC)
+    _, is_read = edge_columns(skew, interior_size, tl.where(counts, edge_size, 0), VEC)
+    x_edge = tl.load(row_ptr + edge, mask=is_read, other=0.0).to(DTYPE)
     place = target.to(tl.int32) + skew - VEC  # of the target in the interior
     in_interior = (place >= 0) & (place < interior_size)
     in_tiles = (place >= start) & (place < start + BLOCK_V * UNROLL)

@@ -1,0 +1,43 @@
+# README's two commands are `make train` and `make test`; each does its own set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test gpu lint format bench wheel clean
+
+train: $(INSTALLED)
+	$(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs
+
+# Two workers, one thread each: the kernels' interpreter is Python, and BabyGPT's steps are short.
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+# On a machine with a GPU: the same tests on the real kernels.
+gpu: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.cpu
+
+# The wheel may only contain fused_ce: `kernels` is the name of another distribution's package.
+wheel: $(INSTALLED)
+	rm -rf dist build
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m tests.check_wheel dist
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.cpu` from the root of a checkout."""
