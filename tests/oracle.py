@@ -54,7 +54,7 @@ def exact(
     logits, targets, weight=None, *,
     upstream, ignore_index=-100, reduction="mean", label_smoothing=0.0,
 ):  # fmt: skip
-    """(loss, gradient) of rows (n, V) and (n,) as np.longdouble, by the formula of the docstring."""
+    """(loss, gradient) of rows (n, V) and (n,) as np.longdouble, by the documented formula."""
     x, n_classes = extended(logits), logits.shape[1]
     y = targets.long().numpy()
     w = np.ones(n_classes, np.longdouble) if weight is None else extended(weight)

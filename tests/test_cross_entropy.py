@@ -1,4 +1,5 @@
 """The public function: values, shapes, dtypes and errors."""
+# ruff: noqa: D102
 
 import pytest
 import torch

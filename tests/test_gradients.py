@@ -1,4 +1,5 @@
 """Gradients as autograd users meet them: graphs kept, shared, checkpointed; storage reused."""
+# ruff: noqa: D102
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ def recorded(function, name, calls):
 
 
 class TestRoutes:
+    """Which of the four functions run."""
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     def test_scalars_make_their_gradient_in_forward(self, fused_device, work, dtype, reduction):
@@ -117,6 +120,8 @@ class TestRoutes:
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
 class TestGraphs:
+    """What autograd does with a loss, on both routes."""
+
     def test_two_losses_on_the_same_logits(self, device, vocab_size, grad_in_forward):
         logits, targets = a_batch(device, vocab_size)
         other = random_targets(4, classes=vocab_size, device=device, seed=9)
@@ -280,6 +285,8 @@ class TestGraphs:
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
 class TestInplace:
+    """The gradient over the logits: the same numbers, and no silent reuse."""
+
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
     def test_same_numbers_in_the_same_storage(

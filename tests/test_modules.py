@@ -45,8 +45,10 @@ def test_positional_arguments(arguments):
     same_loss(FusedCrossEntropyLoss(*arguments), nn.CrossEntropyLoss(*arguments))
 
 
-@pytest.mark.parametrize("size_average, reduce", [(False, None), (True, None), (None, False),
-                                                  (None, True), (False, False), (True, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "size_average, reduce",
+    [(False, None), (True, None), (None, False), (None, True), (False, False), (True, True)],
+)
 def test_deprecated_arguments(size_average, reduce):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

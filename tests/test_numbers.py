@@ -1,4 +1,5 @@
 """Numbers: known values, and the regimes in which cross-entropy kernels go wrong."""
+# ruff: noqa: D102
 
 import math
 
@@ -146,6 +147,8 @@ class TestMaskedLogits:
 
 
 class TestOffsetsAndConfidence:
+    """Where lse and logits are large and their difference is not."""
+
     @pytest.mark.parametrize("offset", [1e4, -1e4, 1e6])
     @pytest.mark.parametrize("vocab_size", VOCABS)
     @pytest.mark.parametrize("grad_in_forward", ROUTES)
@@ -225,6 +228,8 @@ class TestOffsetsAndConfidence:
 
 
 class TestHalfPrecision:
+    """Arithmetic in float32, whatever the logits are."""
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_loss_is_not_rounded_to_the_dtype_of_the_logits(self, device, dtype):
         logits = random_logits(4, SMALL, dtype=dtype, device=device)

@@ -1,4 +1,5 @@
 """The launch policy, and the launchers with buffers whose surroundings are watched."""
+# ruff: noqa: D102
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ def is_power_of_two(n):
 
 
 class TestPolicy:
+    """Pure functions of sizes."""
+
     @pytest.mark.parametrize("warp_size", WARPS)
     @pytest.mark.parametrize("element_size", [2, 4, 8])
     def test_stream(self, warp_size, element_size):
@@ -28,7 +31,7 @@ class TestPolicy:
             assert is_power_of_two(config.block_v) and is_power_of_two(config.num_warps)
             threads = config.num_warps * warp_size
             assert 64 <= threads <= 1024
-            # one 16-byte vector a thread and tile: fewer threads than vectors, or idle ones, are slow
+            # one 16-byte vector a thread and tile: no thread idle, none with two
             assert config.block_v * element_size == 16 * threads
             assert config.unroll >= 1
             assert config.block_v * config.unroll * element_size <= 64 * threads
