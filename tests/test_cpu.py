@@ -51,7 +51,7 @@ def test_blocks_cover_every_row_once(monkeypatch, shape, rows):
     logits = torch.zeros(*shape, 5)
     numbers = torch.arange(shape[0] * shape[1]).view(shape)
     seen = []
-    for flat, groups, columns in cpu._blocks(logits):
+    for flat, groups, columns in cpu._blocks(logits, in_scratch=False):
         block = numbers[groups, columns].flatten()
         assert 0 < len(block) <= max(rows, 1)
         assert block.tolist() == list(range(flat.start, flat.stop))
@@ -60,12 +60,13 @@ def test_blocks_cover_every_row_once(monkeypatch, shape, rows):
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 64])
-def test_a_block_fits_the_cache_or_holds_four_rows_a_thread(n_threads):
+@pytest.mark.parametrize("in_scratch", [False, True])
+def test_a_block_has_four_rows_a_thread_and_is_small(n_threads, in_scratch):
     for vocab_size in (1, 2, 65, 1000, 50257, 1_000_000):
-        rows = cpu.block_rows(vocab_size, n_threads)
+        rows = cpu.block_rows(vocab_size, n_threads, in_scratch)
         assert rows >= 4 * n_threads
-        fits = rows * vocab_size <= n_threads * cpu.BLOCK_ELEMENTS_PER_THREAD
-        assert fits or rows == 4 * n_threads
+        megabytes = rows * vocab_size * 4 / n_threads / 2**20
+        assert megabytes <= (1 if in_scratch else 2) or rows == 4 * n_threads
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

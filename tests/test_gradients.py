@@ -236,6 +236,21 @@ class TestGraphs:
             assert tensor._version == version
         assert torch.equal(leaf.detach(), logits)
 
+    def test_losses_may_be_changed_in_place(self, device, vocab_size, grad_in_forward):
+        """As torch's: `losses.mul_(mask)` is a usual way to weigh tokens."""
+        logits, targets = a_batch(device, vocab_size)
+        factors = torch.tensor([1.0, 2.0, 0.0, -3.0], device=device)
+        options = dict(reduction="none", grad_in_forward=grad_in_forward)
+        for shape in ((4,), (2, 2)):
+            leaf = logits.clone().requires_grad_()
+            losses = fused_cross_entropy(
+                leaf.view(*shape, vocab_size), targets.view(shape), dim=-1, **options
+            )
+            losses.mul_(factors.view(shape)).add_(1.0)
+            losses.sum().backward()
+            _, right, _ = fused(logits, targets, upstream=factors, **options)
+            torch.testing.assert_close(leaf.grad, right)
+
     def test_differentiating_twice_is_a_clear_error(
         self, fused_device, vocab_size, grad_in_forward
     ):
@@ -338,6 +353,17 @@ class TestInplace:
             assert "modified by an inplace operation" in str(error)
         else:
             torch.testing.assert_close(gradient, right)
+
+    def test_logits_changed_before_backward_raise(self, fused_device, vocab_size, grad_in_forward):
+        """They are the gradient by then, or what it will be made of."""
+        logits, targets = a_batch(fused_device, vocab_size)
+        leaf = logits.clone().requires_grad_()
+        x = 1 * leaf
+        loss = fused_cross_entropy(x, targets, inplace=True, grad_in_forward=grad_in_forward)
+        with torch.no_grad():
+            x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
     def test_expanded_logits_are_not_corrupted(self, fused_device, vocab_size, grad_in_forward):
         row = random_logits(vocab_size, device=fused_device)

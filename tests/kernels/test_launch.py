@@ -208,3 +208,14 @@ def test_dense_logits_are_never_copied(kernel_device, monkeypatch):
     out = torch.empty_like(small)
     targets = random_targets(1, 3, classes=65, device=kernel_device)
     launch.forward_with_grad(small, targets, None, options, out)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_scale_of_classes_that_are_not_dense(kernel_device, factor):
+    gradient = random_logits(1, 1100, 2, device=kernel_device).transpose(1, 2)
+    before, out = gradient.clone(), torch.empty_like(gradient)
+    launch.scale(gradient, torch.tensor(factor, device=kernel_device), out)
+    assert torch.equal(out, before * factor)
+    assert torch.equal(gradient, before)
+    launch.scale(gradient, torch.tensor(factor, device=kernel_device), gradient)
+    assert torch.equal(gradient, before * factor)
