@@ -127,10 +127,10 @@ def assert_as_exact_as_torch(
     assert error <= torch_error + slack, f"gradient: {error} > {torch_error} + {slack}"
 
 
-def inside(values, fill, *, strides=None, offset=0, padding=64):
+def inside(values, fill, *, strides=None, offset=0, padding=2048):
     """(values, storage): the same numbers inside a larger storage filled with `fill`.
 
-    strides are in elements; None lays the values out densely. Guard bands of `padding` elements
+    strides are in elements; None lays the values out densely. Guard bands of `padding` elements (a tile)
     lie before and after, those between rows are whatever the strides leave.
     """
     shape = values.shape

@@ -58,7 +58,7 @@ class TestPolicy:
         assert small_config(65) == small_config(65, 32)
 
 
-def guarded(shape, dtype, device, offset=0, padding=64):
+def guarded(shape, dtype, device, offset=0, padding=2048):
     """An uninitialised (NaN) tensor, its storage filled with a sentinel around it."""
     values = torch.full(shape, torch.nan, dtype=dtype, device=device)
     return inside(values, 7.0, offset=offset, padding=padding)
