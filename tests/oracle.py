@@ -130,8 +130,8 @@ def assert_as_exact_as_torch(
 def inside(values, fill, *, strides=None, offset=0, padding=2048):
     """(values, storage): the same numbers inside a larger storage filled with `fill`.
 
-    strides are in elements; None lays the values out densely. Guard bands of `padding` elements (a tile)
-    lie before and after, those between rows are whatever the strides leave.
+    strides are in elements; None lays the values out densely. Guard bands of `padding` elements, as
+    wide as a tile, lie before and after; those between rows are whatever the strides leave.
     """
     shape = values.shape
     strides = values.contiguous().stride() if strides is None else strides
