@@ -149,6 +149,29 @@ class TestGuardBands:
         self.near(loss, out, self.right(values, targets, weight, options, upstream), dtype)
 
 
+@pytest.mark.parametrize("vocab_size", [65, 1100])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_out_of_range_targets_reach_nobody(kernel_device, vocab_size, inplace):
+    """The columns beside a row are padding here: neither read (NaN) nor written (a sentinel)."""
+    shape, strides = (1, 4, vocab_size), (0, vocab_size + 8, 1)
+    targets = torch.tensor([[vocab_size, 0, -1, vocab_size + 3]], device=kernel_device)
+    values = random_logits(*shape, device=kernel_device)
+    options = LossOptions(reduction="sum", label_smoothing=0.1)
+    one = torch.ones((), device=kernel_device)
+    for route in (True, False):
+        logits, storage = inside(values, 5.0, strides=strides)
+        out, out_storage = logits, storage
+        if not inplace:
+            out, out_storage = inside(torch.full_like(values, torch.nan), 7.0, strides=strides)
+        if route:
+            launch.forward_with_grad(logits, targets, None, options, out)
+        else:
+            _, *stats = launch.forward(logits, targets, None, options)
+            launch.backward(one, logits, targets, None, tuple(stats), options, out)
+        assert untouched(out_storage, out, 5.0 if inplace else 7.0)
+        assert out[0, [0, 2, 3]].isnan().all() and out[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 1100), (2, 2, 65)], ids=str)
 @pytest.mark.parametrize("stride", [0, 1, 3], ids=["stride-0", "dense", "every-third"])
 def test_scale_into_another_buffer(kernel_device, shape, stride):
