@@ -60,7 +60,7 @@ def cross_entropy_backward_kernel(
     grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
     if MEAN:
         grad_loss /= mean_divisor(partials_ptr, PARTIALS)
-    target_factor, lse_factor, class_factor, _ = loss_factors(
+    target_factor, lse_factor, class_factor = loss_factors(
         target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
         DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip

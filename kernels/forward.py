@@ -8,7 +8,6 @@ from .online_softmax import (
     loss_factors,
     row_offset,
     row_statistics,
-    smoothing_shift,
 )
 
 
@@ -37,21 +36,20 @@ def cross_entropy_forward_kernel(
     offset = row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
     row_ptr = logits_ptr + offset
     x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(DTYPE)
-    shift = smoothing_shift(x_target)
     row_max, row_sum, row_dot = row_statistics(
-        row_ptr, weight_ptr, shift, vocab_size, DTYPE, BLOCK_V, UNROLL, HAS_WEIGHT, HAS_SMOOTHING
+        row_ptr, weight_ptr, vocab_size, DTYPE, BLOCK_V, UNROLL, HAS_WEIGHT, HAS_SMOOTHING
     )
     tl.store(row_max_ptr + row, row_max)
     tl.store(row_sum_ptr + row, row_sum)
 
-    target_factor, lse_factor, class_factor, weight_sum = loss_factors(
+    target_factor, lse_factor, class_factor = loss_factors(
         target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
         DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
     # lse - x is log(sum) + (max - x): a common offset of the logits cancels before it can round
     loss = lse_factor * tl.log(row_sum) - target_factor * (x_target - row_max)
     if HAS_SMOOTHING:
-        loss -= class_factor * (row_dot - weight_sum * (row_max - shift))
+        loss -= class_factor * row_dot
     tl.store(losses_ptr + row, loss)
 
 

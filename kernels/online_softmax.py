@@ -51,8 +51,8 @@ def split_row(row_ptr, vocab_size, VEC: tl.constexpr):
     stride with 16-byte loads and stores, where a mask per element would fall to 2-byte ones.
     """
     address = row_ptr.to(tl.int64)
-    skew = ((address % 16) // (16 // VEC)).to(tl.int32)
-    interior_ptr = tl.multiple_of((address - address % 16 + 16).to(row_ptr.dtype), 16)
+    skew = ((address & 15) // (16 // VEC)).to(tl.int32)
+    interior_ptr = tl.multiple_of((address - (address & 15) + 16).to(row_ptr.dtype), 16)
     interior_size = tl.maximum((vocab_size + skew) // VEC - 1, 0) * VEC
     return skew, interior_ptr, tl.multiple_of(interior_size, VEC)
 
@@ -89,14 +89,15 @@ def online_update(part_max, part_sum, tiles):
 
 @triton.jit
 def row_statistics(
-    row_ptr, weight_ptr, shift, vocab_size,
+    row_ptr, weight_ptr, vocab_size,
     DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum of exp(x - max), sum of weight * (x - shift)) of one row.
+    """(max, sum of exp(x - max), sum of weight * (x - max)) of one row.
 
-    The last is only computed for label smoothing. `shift` is any value near the logits: without it
-    the sum would be of the size of V times their common offset.
+    The last is for label smoothing alone. Like the second it is kept relative to the running
+    maximum, so that all its terms have one sign: relative to anything else, a common offset or one
+    masked logit would cancel its digits.
     """
     VEC: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
@@ -104,30 +105,38 @@ def row_statistics(
     part_max = tl.zeros([BLOCK_V // VEC], DTYPE) + lowest_finite(DTYPE)
     part_sum = tl.zeros([BLOCK_V // VEC], DTYPE)
     part_dot = tl.zeros([BLOCK_V // VEC], DTYPE)
+    part_weight = tl.zeros([BLOCK_V // VEC], DTYPE)  # of the columns that are in part_dot
 
     # The bulk without masks: with them, each vector costs a compare and four register moves more.
     bulk = interior_size // (BLOCK_V * UNROLL) * (BLOCK_V * UNROLL)
     for start in tl.range(0, bulk, BLOCK_V * UNROLL):
         tiles = ()
         for tile in tl.static_range(UNROLL):
-            at = start + tile * BLOCK_V + cols
-            x = tl.load(interior_ptr + at).to(DTYPE)
+            x = tl.load(interior_ptr + start + tile * BLOCK_V + cols).to(DTYPE)
             tiles = tiles + (x,)
-            if HAS_SMOOTHING:
-                term = x - shift
-                if HAS_WEIGHT:
-                    term *= tl.load(weight_ptr + VEC - skew + at)
-                part_dot += tl.sum(term, axis=1)
+        old_max = part_max
         part_max, part_sum = online_update(part_max, part_sum, tiles)
+        if HAS_SMOOTHING:
+            part_dot += part_weight * (old_max - part_max)
+            for tile in tl.static_range(UNROLL):
+                weight = tl.full([BLOCK_V // VEC, VEC], 1.0, DTYPE)
+                if HAS_WEIGHT:
+                    at = VEC - skew + start + tile * BLOCK_V + cols
+                    weight = tl.load(weight_ptr + at)
+                part_dot += tl.sum(weight * (tiles[tile] - part_max[:, None]), axis=1)
+                part_weight += tl.sum(weight, axis=1)
     for start in tl.range(bulk, interior_size, BLOCK_V):
         mask = start + first < interior_size
         x = tl.load(interior_ptr + start + cols, mask=mask, other=float("-inf")).to(DTYPE)
+        old_max = part_max
         part_max, part_sum = online_update(part_max, part_sum, (x,))
         if HAS_SMOOTHING:
-            term = x - shift
+            weight = tl.where(mask, 1.0, 0.0).to(DTYPE)
             if HAS_WEIGHT:
-                term *= tl.load(weight_ptr + VEC - skew + start + cols, mask=mask, other=0.0)
-            part_dot += tl.sum(tl.where(mask, term, 0.0), axis=1)
+                weight = tl.load(weight_ptr + VEC - skew + start + cols, mask=mask, other=0.0)
+            term = tl.where(mask, weight * (x - part_max[:, None]), 0.0)
+            part_dot += part_weight * (old_max - part_max) + tl.sum(term, axis=1)
+            part_weight += tl.sum(weight, axis=1)
 
     edge, is_edge = edge_columns(skew, interior_size, vocab_size, VEC)
     x = tl.load(row_ptr + edge, mask=is_edge, other=float("-inf")).to(DTYPE)
@@ -137,10 +146,12 @@ def row_statistics(
     row_sum += tl.sum(exp_of(x - row_max), axis=0)
     row_dot = tl.sum(part_dot, axis=0)
     if HAS_SMOOTHING:
-        term = x - shift
+        # A thread that saw no column still has the lowest finite maximum.
+        rebase = tl.where(part_weight == 0.0, 0.0, part_weight * (part_max - row_max))
+        term = x - row_max
         if HAS_WEIGHT:
             term *= tl.load(weight_ptr + edge, mask=is_edge, other=0.0)
-        row_dot += tl.sum(tl.where(is_edge, term, 0.0), axis=0)
+        row_dot += tl.sum(rebase, axis=0) + tl.sum(tl.where(is_edge, term, 0.0), axis=0)
     return row_max, row_sum, row_dot
 
 
@@ -156,7 +167,7 @@ def loss_factors(
     target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
     DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """(target_factor, lse_factor, class_factor, weight_sum) of targets of any shape: the loss is
+    """(target_factor, lse_factor, class_factor) of targets of any shape: the loss of a row is
     lse_factor * lse - target_factor * x[target] - class_factor * sum_c weight[c] * x[c], its
     gradient lse_factor * softmax - target_factor * onehot - class_factor * weight.
 
@@ -167,21 +178,15 @@ def loss_factors(
         target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0)
     lse_factor = target_factor
     class_factor = tl.full([], 0.0, DTYPE)
-    weight_sum = tl.full([], vocab_size, DTYPE)
     if HAS_SMOOTHING:
         smoothing = tl.full([], label_smoothing, DTYPE)  # a Python float in the interpreter
+        weight_sum = tl.full([], vocab_size, DTYPE)
         class_factor = smoothing / weight_sum
         if HAS_WEIGHT:
             weight_sum = tl.load(weight_sum_ptr)
         target_factor *= 1.0 - smoothing
         lse_factor = target_factor + class_factor * weight_sum
-    return target_factor, lse_factor, class_factor, weight_sum
-
-
-@triton.jit
-def smoothing_shift(x_target):
-    """A value near the logits of the row, for `row_statistics`: the target's, if it is ordinary."""
-    return tl.where(tl.abs(x_target) < 1e30, x_target, 0.0)
+    return target_factor, lse_factor, class_factor
 
 
 @triton.jit

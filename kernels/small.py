@@ -56,7 +56,7 @@ def cross_entropy_small_kernel(
     exps = exp_of(difference)
     row_sum = tl.sum(exps, axis=1)
     is_target = cols == targets[:, None]
-    target_factor, lse_factor, class_factor, _ = loss_factors(
+    target_factor, lse_factor, class_factor = loss_factors(
         targets, in_range & counts, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
         DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
