@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
 import warnings
@@ -55,12 +56,17 @@ def choose(device: torch.device) -> str:
     return name
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _automatic(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     if device.type not in TRITON_DEVICES:
         return "reference"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         warnings.warn(
             "Triton is not installed: fused_cross_entropy runs its slow reference on the GPU; "
             "`pip install triton`",
@@ -71,7 +77,7 @@ def _automatic(device: torch.device) -> str:
 
 
 def _require_triton(device: torch.device) -> None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise ValueError("backend 'triton' needs the package triton, which is not installed")
     if device.type in TRITON_DEVICES:
         return

@@ -64,15 +64,21 @@ def backward(
 
 
 def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tensor) -> None:
-    """out = grad_logits * grad_losses, () or (n_rows,); out may be grad_logits."""
+    """out = grad_logits * grad_losses, () or (n_rows,); out may be grad_logits.
+
+    A zero stays zero: an upstream gradient of inf or NaN does not reach the ignored rows.
+    """
     if grad_losses.dim() == 0 and grad_losses == 1.0 and out is grad_logits:
         return
     dtype = _compute_dtype(grad_logits)
+    all_finite = bool(grad_losses.isfinite().all())
     factors = grad_losses.to(dtype).expand(grad_logits.shape[:2].numel())
     for rows, groups, columns in _blocks(grad_logits, in_scratch=True):
         block = grad_logits[groups, columns]
-        factor = factors[rows].view(*block.shape[:2], 1)
-        out[groups, columns] = block.to(dtype) * factor
+        scaled = block.to(dtype) * factors[rows].view(*block.shape[:2], 1)
+        if not all_finite:
+            scaled.masked_fill_(block == 0.0, 0.0)
+        out[groups, columns] = scaled
 
 
 def _pass_over_rows(
@@ -89,13 +95,16 @@ def _pass_over_rows(
     targets, ignored = _valid_targets(targets, options.ignore_index)
     terms = _row_terms(targets, ignored, weight, grad_losses, vocab_size, dtype, options)
 
-    row_sum = torch.empty(n_rows, 1, dtype=dtype)
-    x_target = torch.empty(n_rows, 1, dtype=dtype)  # less the row's maximum, as all x below
-    x_smooth = torch.empty(n_rows, 1, dtype=dtype) if terms.smoothing else None
+    # new_empty, not torch.empty: that would follow torch.set_default_device
+    row_sum = logits.new_empty(n_rows, 1, dtype=dtype)
+    x_target = torch.empty_like(row_sum)  # less the row's maximum, as all x below
+    x_smooth = torch.empty_like(row_sum) if terms.smoothing else None
     scratch = None
     in_scratch = grad_logits is None or not _can_hold_work(grad_logits, dtype)
     if in_scratch:
-        scratch = torch.empty(min(n_rows, _rows_at_once(logits, True)), vocab_size, dtype=dtype)
+        scratch = logits.new_empty(
+            min(n_rows, _rows_at_once(logits, True)), vocab_size, dtype=dtype
+        )
     for rows, groups, columns in _blocks(logits, in_scratch):
         x = logits[groups, columns]
         shape, n = x.shape, rows.stop - rows.start
@@ -123,8 +132,10 @@ def _pass_over_rows(
             work.sub_(_at(terms.grad_smooth, rows))
         elif terms.smoothing:
             work.sub_(_at(terms.grad_smooth, rows) * terms.weight.T)
-        minus_onehot = torch.as_tensor(-_at(terms.grad_target, rows), dtype=dtype).expand(n, 1)
-        work.scatter_add_(1, target, minus_onehot)
+        at_target = _at(terms.grad_target, rows)
+        if isinstance(at_target, float):
+            at_target = row_sum.new_full((n, 1), at_target)
+        work.scatter_add_(1, target, -at_target)
         if scratch is not None:
             grad_logits[groups, columns] = work.view(shape)
 
@@ -190,7 +201,9 @@ def _row_terms(targets, ignored, weight, grad_losses, vocab_size, dtype, options
         )
     upstream = grad_losses / divisor if divisor else math.nan  # no row counts: no gradient is used
     if ignored is not None:
-        upstream = torch.where(ignored, 0.0, torch.as_tensor(upstream, dtype=dtype))
+        if not isinstance(upstream, torch.Tensor):
+            upstream = torch.full_like(ignored, upstream, dtype=dtype)
+        upstream = upstream.masked_fill(ignored, 0.0)
     return _RowTerms(
         lse, target, smoothing, weight, divisor,
         grad_lse=upstream * lse, grad_target=upstream * target, grad_smooth=upstream * smoothing,

@@ -47,7 +47,8 @@ def fused_cross_entropy(
         label_smoothing: in [0, 1]; how much of the target is spread evenly over the classes.
         dim: the class axis of `logits`; None lets the shape of `targets` decide.
         inplace: let the gradient overwrite the storage of `logits`, which saves a buffer of their
-            size. Their version counter is bumped, so that autograd refuses a later use of them.
+            size. Whatever reads the logits afterwards reads the gradient. Their version counter is
+            bumped: a backward that needs the logits as they were raises.
         grad_in_forward: True computes the gradient together with the loss, in one pass over the
             logits, and backward only multiplies it by the upstream gradient; False reads the
             logits again in backward. None chooses True for "mean" and "sum" except in float16,
@@ -65,12 +66,10 @@ def fused_cross_entropy(
             device, loss and gradient of that row are NaN; FUSED_CE_DEBUG=1 checks there too.
         RuntimeError: backward under `create_graph=True`: not differentiable twice yet.
     """
-    call = prepare(
-        logits, targets, weight, ignore_index, reduction, label_smoothing, dim, inplace,
-        grad_in_forward,
-    )  # fmt: skip
+    options = LossOptions(ignore_index, reduction, label_smoothing, inplace, grad_in_forward)
+    call = prepare(logits, targets, weight, dim, options)
     name = choose(logits.device)
-    if _host_may_read(logits.device, name):
+    if host_may_read(logits.device, name):
         check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
     if name == "reference":
         from fused_ce.reference import reference
@@ -81,7 +80,7 @@ def fused_cross_entropy(
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def _host_may_read(device: torch.device, name: str) -> bool:
+def host_may_read(device: torch.device, name: str) -> bool:
     """Whether looking at the targets costs nothing, or was asked for at any cost."""
     return device.type == "cpu" and name != "triton" or os.environ.get("FUSED_CE_DEBUG") == "1"
 
@@ -96,35 +95,45 @@ class Call(NamedTuple):
 
 
 def prepare(
-    logits, targets, weight, ignore_index, reduction, label_smoothing, dim, inplace, grad_in_forward
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None,
+    dim: int | None,
+    options: LossOptions,
 ) -> Call:
     """Check everything that the host can see without reading a tensor, and make rows of it."""
-    _check_types(logits, targets, weight, ignore_index)
-    check_options(reduction, label_smoothing)
+    _check_tensors(logits, targets, weight)
+    check_options(options)
     dim = class_axis(logits.shape, targets.shape, dim)
     vocab_size = logits.shape[dim]
     if vocab_size == 0:
-        raise ValueError(f"logits {tuple(logits.shape)} have no class: axis {dim} is empty")
+        raise ValueError(f"logits need at least one class, got {tuple(logits.shape)}")
     _check_weight_and_devices(logits, targets, weight, vocab_size)
-    if grad_in_forward is None:
-        grad_in_forward = reduction != "none" and logits.dtype != torch.float16
-    rows, row_targets = as_rows(logits, targets, dim)
-    options = LossOptions(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=float(label_smoothing),
-        inplace=inplace,
-        grad_in_forward=grad_in_forward,
-    )
-    return Call(rows, row_targets, weight, options)
+    return Call(*as_rows(logits, targets, dim), weight, options)
 
 
-def check_options(reduction: str, label_smoothing: float) -> None:
-    """Raise ValueError for what no logits could make right."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+def check_options(options: LossOptions) -> None:
+    """Raise TypeError or ValueError for what no logits could make right."""
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
+        )
+    smoothing = options.label_smoothing
+    if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number, got {smoothing!r}")
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
+    ignore_index = options.ignore_index
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
+    if not isinstance(options.inplace, bool):
+        raise TypeError(f"inplace must be True or False, got {options.inplace!r}")
+    if options.grad_in_forward not in (None, True, False):
+        raise TypeError(
+            f"grad_in_forward must be None, True or False, got {options.grad_in_forward!r}"
+        )
 
 
 def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | None) -> int:
@@ -133,6 +142,8 @@ def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | N
     if len(shape) == 0:
         raise ValueError("logits need a class axis, got a 0-d tensor")
     if dim is not None:
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim must be an int or None, got {dim!r}")
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} is out of range for logits {shape}")
         dim %= len(shape)
@@ -156,10 +167,12 @@ def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | N
     raise ValueError(f"logits {shape} need targets {need}, got {got}")
 
 
-def _check_types(logits, targets, weight, ignore_index) -> None:
+def _check_tensors(logits, targets, weight) -> None:
     for name, value in (("logits", logits), ("targets", targets)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if targets.dtype not in TARGET_DTYPES:
@@ -168,8 +181,6 @@ def _check_types(logits, targets, weight, ignore_index) -> None:
         raise TypeError(f"weight must be a torch.Tensor or None, got {type(weight).__name__}")
     if weight is not None and not weight.is_floating_point():
         raise TypeError(f"weight must be floating, got {weight.dtype}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
 def _check_weight_and_devices(logits, targets, weight, vocab_size) -> None:

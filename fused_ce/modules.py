@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fused_ce.cross_entropy import check_options, fused_cross_entropy
+from fused_ce.options import LossOptions
 
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -24,7 +25,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         grad_in_forward: compute the gradient with the loss; None chooses.
 
     Raises:
-        ValueError: an unknown reduction or a smoothing out of range.
+        TypeError, ValueError: an option is not what `fused_cross_entropy` takes.
     """
 
     def __init__(
@@ -42,10 +43,14 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     ) -> None:
         """Store the options; `forward` reads the attributes, so they may be changed later."""
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        check_options(self.reduction, self.label_smoothing)
         self.dim = dim
         self.inplace = inplace
         self.grad_in_forward = grad_in_forward
+        check_options(
+            LossOptions(
+                self.ignore_index, self.reduction, self.label_smoothing, inplace, grad_in_forward
+            )
+        )
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of `logits` and `targets`; shapes, dtypes and errors of the function."""
@@ -63,7 +68,12 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         """What `print(module)` shows between the brackets."""
-        return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"label_smoothing={self.label_smoothing}"
+        shown = (
+            "ignore_index",
+            "reduction",
+            "label_smoothing",
+            "dim",
+            "inplace",
+            "grad_in_forward",
         )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -2,13 +2,25 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the user asked for, checked. A new option is one line here, not one per signature."""
+    """What the user asked for. A new option is one line here, not one per signature."""
 
     ignore_index: int = -100
     reduction: str = "mean"
     label_smoothing: float = 0.0
     inplace: bool = False
-    grad_in_forward: bool = True
+    grad_in_forward: bool | None = None
+
+    def makes_grad_in_forward(self, dtype: torch.dtype) -> bool:
+        """Whether forward makes the gradient too, for logits of this dtype.
+
+        By default not for "none", whose upstream gradient differs by row, and not in float16,
+        where a gradient over n would underflow before a GradScaler's factor reaches it.
+        """
+        if self.grad_in_forward is None:
+            return self.reduction != "none" and dtype != torch.float16
+        return self.grad_in_forward

@@ -6,7 +6,7 @@ tensors of the size of the logits.
 
 import torch
 
-from fused_ce.cross_entropy import check_targets_in_range, prepare
+from fused_ce.cross_entropy import check_targets_in_range, host_may_read, prepare
 from fused_ce.options import LossOptions
 
 
@@ -28,11 +28,9 @@ def reference_cross_entropy(
     differentiates it as often as you like. Arguments, result and errors are those of
     `fused_cross_entropy`.
     """
-    call = prepare(
-        logits, targets, weight, ignore_index, reduction, label_smoothing, dim, inplace,
-        grad_in_forward,
-    )  # fmt: skip
-    if logits.device.type == "cpu":
+    options = LossOptions(ignore_index, reduction, label_smoothing, inplace, grad_in_forward)
+    call = prepare(logits, targets, weight, dim, options)
+    if host_may_read(logits.device, "reference"):
         check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
     loss = reference(*call)
     return loss.view(targets.shape) if reduction == "none" else loss

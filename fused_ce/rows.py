@@ -76,14 +76,19 @@ def overlaps(rows: torch.Tensor) -> bool:
     return False
 
 
+def is_packed(rows: torch.Tensor) -> bool:
+    """Whether the elements fill their storage without gaps, in whatever order."""
+    last = sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
+    return last + 1 == rows.numel() and not overlaps(rows)
+
+
 def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
     """An uninitialised gradient for rows of logits, laid out as they are.
 
     Where the vocabulary is dense, every row lies at the same address modulo 16 bytes as its logits.
-
     The kernels split a row at 16-byte boundaries once, for loads and stores alike, so a gradient
     row must be skewed as its logits row is. Contiguous logits get a contiguous gradient; rows
-    sliced from a padded matrix get at most 15 bytes of padding each.
+    sliced from a padded matrix, and groups of rows, get less than 16 bytes of padding each.
     """
     if not is_dense(logits):
         return torch.empty_like(logits)

@@ -6,6 +6,7 @@ Also the in-forward route's backward: grad_logits * grad_losses, which is nothin
 import triton
 import triton.language as tl
 
+from ..rows import is_packed
 from .online_softmax import (
     edge_columns,
     gradient_at_target,
@@ -28,7 +29,9 @@ SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many el
         "grad_losses_stride", "rows_per_group", "logits_group_stride", "logits_row_stride",
         "targets_group_stride", "targets_row_stride", "grad_group_stride", "grad_row_stride",
         "vocab_size", "ignore_index",
-    ]
+    ],
+    # split_row aligns the accesses itself: a misaligned slice needs no second binary
+    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "grad_logits_ptr"],
 )  # fmt: skip
 def cross_entropy_backward_kernel(
     grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr,
@@ -125,7 +128,8 @@ def scale_kernel(
     BLOCK_V: tl.constexpr, SKIP_ONE: tl.constexpr,
 ):  # fmt: skip
     """out = grad_logits * grad_losses. In place with one factor for all, SKIP_ONE returns at once
-    where it is 1: the host never learns the value, so nothing waits.
+    where it is 1: the host never learns the value, so nothing waits. A zero stays zero, so that an
+    upstream gradient of inf or NaN does not reach the ignored rows.
 
     A fixed number of programs walks over the rows; the last row may be cut short by n_elements.
     """
@@ -145,10 +149,12 @@ def scale_kernel(
         for start in tl.range(0, interior_size, BLOCK_V):
             mask = start + first < interior_size
             x = tl.load(interior_ptr + start + cols, mask=mask, other=0.0).to(factor.dtype)
-            tl.store(out_interior_ptr + start + cols, (x * factor).to(OUT), mask=mask)
+            x = tl.where(x == 0.0, x, x * factor)
+            tl.store(out_interior_ptr + start + cols, x.to(OUT), mask=mask)
         edge, is_edge = edge_columns(skew, interior_size, size, VEC)
         x = tl.load(row_ptr + edge, mask=is_edge, other=0.0).to(factor.dtype)
-        tl.store(out_row_ptr + edge, (x * factor).to(OUT), mask=is_edge)
+        x = tl.where(x == 0.0, x, x * factor)
+        tl.store(out_row_ptr + edge, x.to(OUT), mask=is_edge)
 
 
 def launch_backward(
@@ -174,13 +180,16 @@ def launch_backward(
 
 
 def launch_scale(grad_logits, grad_losses, out, config):
-    """out = grad_logits * grad_losses, which is () or (n_rows,); out may be grad_logits."""
+    """out = grad_logits * grad_losses, which is () or (n_rows,); out may be grad_logits.
+
+    Rows are dense, but for a scalar factor and storage without gaps (see `is_packed`).
+    """
     n_groups, rows_per_group, row_size = grad_logits.shape
     n_rows, n_elements = n_groups * rows_per_group, grad_logits.numel()
     strides = (*grad_logits.stride()[:2], *out.stride()[:2])
     one_factor = grad_losses.dim() == 0
-    if one_factor and grad_logits.is_contiguous() and out.is_contiguous():
-        # one long row: a row of 65 classes would leave most of a tile empty
+    if one_factor and is_packed(grad_logits) and out.stride() == grad_logits.stride():
+        # one long row in any order: a row of 65 classes would leave most of a tile empty
         n_rows, row_size = -(-n_elements // SCALE_ROW), SCALE_ROW
         rows_per_group, strides = n_rows, (0, SCALE_ROW, 0, SCALE_ROW)
     scale_kernel[(min(n_rows, SCALE_PROGRAMS),)](

@@ -88,7 +88,9 @@ def write_zeros(row_ptr, vocab_size, BLOCK_V: tl.constexpr):
     do_not_specialize=[
         "rows_per_group", "logits_group_stride", "logits_row_stride", "targets_group_stride",
         "targets_row_stride", "grad_group_stride", "grad_row_stride", "vocab_size", "ignore_index",
-    ]
+    ],
+    # split_row aligns the accesses itself: a misaligned slice needs no second binary
+    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "grad_logits_ptr"],
 )  # fmt: skip
 def cross_entropy_forward_with_grad_kernel(
     logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr, losses_ptr, grad_logits_ptr,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..options import LossOptions
-from ..rows import is_dense
+from ..rows import is_dense, is_packed
 from .backward import launch_backward, launch_scale
 from .forward import launch_forward
 from .fused import launch_forward_with_grad
@@ -70,7 +70,7 @@ def forward(
         if _is_empty(logits):
             pass
         elif _is_small(logits):
-            config = small_config(logits.shape[2], _warp_size())
+            config = small_config(logits.shape[2], _warp_size(logits.device))
             launch_small(
                 logits, targets, weight, weight_sum, partials, options, config, dtype, losses=losses
             )
@@ -98,7 +98,7 @@ def forward_with_grad(
         if _is_empty(logits):
             pass
         elif _is_small(logits):
-            config = small_config(logits.shape[2], _warp_size())
+            config = small_config(logits.shape[2], _warp_size(logits.device))
             launch_small(
                 logits, targets, weight, weight_sum, partials, options, config, dtype,
                 losses=losses, grad_logits=grad_logits,
@@ -129,7 +129,7 @@ def backward(
     with _on_device(logits):
         dtype, weight, weight_sum = _class_weights(logits, weight, options)
         if _is_small(logits):
-            config = small_config(logits.shape[2], _warp_size())
+            config = small_config(logits.shape[2], _warp_size(logits.device))
             launch_small(
                 logits, targets, weight, weight_sum, partials, options, config, dtype,
                 grad_logits=grad_logits, grad_losses=grad_losses,
@@ -148,8 +148,16 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
     if _is_empty(grad_logits):
         return
     with _on_device(grad_logits):
+        config = _stream_config(grad_logits)
+        if (
+            grad_losses.dim() == 0
+            and is_packed(grad_logits)
+            and out.stride() == grad_logits.stride()
+        ):
+            launch_scale(grad_logits, grad_losses, out, config)
+            return
         source, dense_out = _dense_pair(grad_logits, out)
-        launch_scale(source, grad_losses, dense_out, _stream_config(grad_logits))
+        launch_scale(source, grad_losses, dense_out, config)
         _copy_back(dense_out, out)
 
 
@@ -162,11 +170,14 @@ def _is_small(logits: torch.Tensor) -> bool:
 
 
 def _stream_config(logits: torch.Tensor) -> StreamConfig:
-    return stream_config(logits.shape[2], logits.element_size(), _warp_size())
+    return stream_config(logits.shape[2], logits.element_size(), _warp_size(logits.device))
 
 
-def _warp_size() -> int:
-    return 64 if torch.version.hip else 32
+def _warp_size(device: torch.device) -> int:
+    """64 on AMD's CDNA, 32 on its RDNA and everywhere else, the interpreter included."""
+    if torch.version.hip is None or device.type != "cuda":
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
 
 
 def _on_device(tensor: torch.Tensor):
