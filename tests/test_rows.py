@@ -62,10 +62,11 @@ def test_only_three_levels_of_stride_are_copied():
 
 
 def test_targets_are_copied_before_logits():
-    logits = random_logits(4, 3, 7)[:, :-1]
-    targets = torch.arange(4 * 2 * 2).view(4, 2, 2)[..., 0].t().contiguous().t()
-    rows, flat = as_rows(logits, targets, 2)
+    logits = random_logits(2, 3, 4, 7)
+    targets = torch.arange(4 * 3 * 2).view(4, 3, 2).transpose(0, 2)
+    rows, flat = as_rows(logits, targets, 3)
     assert shares_storage(rows, logits)
+    assert not shares_storage(flat, targets)
     assert torch.equal(flat.reshape(-1), targets.reshape(-1))
 
 
