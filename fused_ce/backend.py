@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import functools
 import importlib.util
 import os
 import warnings
@@ -56,7 +55,6 @@ def choose(device: torch.device) -> str:
     return name
 
 
-@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -144,7 +144,9 @@ def _pass_over_rows(
         losses -= terms.smoothing * x_smooth
     if ignored is not None:
         losses.masked_fill_(ignored, 0.0)
-    return losses.squeeze(1) if options.reduction == "none" else losses.sum() / terms.divisor
+    if options.reduction == "none":
+        return losses.squeeze_(1)  # no view, which autograd would not let the user change in place
+    return losses.sum() / terms.divisor
 
 
 def _valid_targets(

@@ -1,6 +1,8 @@
 """The loss: check the arguments, see them as rows, choose who computes, hand back the result."""
 
+import operator
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -109,6 +111,8 @@ def prepare(
     if vocab_size == 0:
         raise ValueError(f"logits need at least one class, got {tuple(logits.shape)}")
     _check_weight_and_devices(logits, targets, weight, vocab_size)
+    if type(options.ignore_index) is not int:  # NumPy's, say, which a kernel cannot take
+        options = replace(options, ignore_index=operator.index(options.ignore_index))
     return Call(*as_rows(logits, targets, dim), weight, options)
 
 
@@ -124,8 +128,8 @@ def check_options(options: LossOptions) -> None:
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
     ignore_index = options.ignore_index
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     if not isinstance(options.inplace, bool):

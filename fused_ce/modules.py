@@ -52,11 +52,11 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
             )
         )
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss of `logits` and `targets`; shapes, dtypes and errors of the function."""
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of logits and targets; the names are torch's, all else is the function's."""
         return fused_cross_entropy(
-            logits,
-            targets,
+            input,
+            target,
             self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,

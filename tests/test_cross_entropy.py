@@ -1,5 +1,4 @@
 """The public function: values, shapes, dtypes and errors."""
-# ruff: noqa: D102
 
 import pytest
 import torch

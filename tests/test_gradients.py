@@ -1,5 +1,4 @@
 """Gradients as autograd users meet them: graphs kept, shared, checkpointed; storage reused."""
-# ruff: noqa: D102
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
 """Numbers: known values, and the regimes in which cross-entropy kernels go wrong."""
-# ruff: noqa: D102
 
 import math
 

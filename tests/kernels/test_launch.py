@@ -1,5 +1,4 @@
 """The launch policy, and the launchers with buffers whose surroundings are watched."""
-# ruff: noqa: D102
 
 import pytest
 import torch
