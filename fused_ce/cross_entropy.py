@@ -1,5 +1,6 @@
 """The loss: check the arguments, see them as rows, choose who computes, hand back the result."""
 
+import numbers
 import operator
 import os
 from dataclasses import replace
@@ -111,8 +112,12 @@ def prepare(
     if vocab_size == 0:
         raise ValueError(f"logits need at least one class, got {tuple(logits.shape)}")
     _check_weight_and_devices(logits, targets, weight, vocab_size)
-    if type(options.ignore_index) is not int:  # NumPy's, say, which a kernel cannot take
-        options = replace(options, ignore_index=operator.index(options.ignore_index))
+    if type(options.ignore_index) is not int or type(options.label_smoothing) is not float:
+        options = replace(  # NumPy's, say, which a kernel cannot take
+            options,
+            ignore_index=operator.index(options.ignore_index),
+            label_smoothing=float(options.label_smoothing),
+        )
     return Call(*as_rows(logits, targets, dim), weight, options)
 
 
@@ -123,7 +128,7 @@ def check_options(options: LossOptions) -> None:
             f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
         )
     smoothing = options.label_smoothing
-    if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
+    if isinstance(smoothing, bool) or not isinstance(smoothing, numbers.Real):
         raise TypeError(f"label_smoothing must be a number, got {smoothing!r}")
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")

@@ -117,14 +117,19 @@ def row_statistics(
         old_max = part_max
         part_max, part_sum = online_update(part_max, part_sum, tiles)
         if HAS_SMOOTHING:
-            part_dot += part_weight * (old_max - part_max)
+            # One sum of all tiles, not one each: a loop that adds the sum of a load twice crashes
+            # Triton 3.7's thread-locality pass.
+            weights = tl.zeros([BLOCK_V // VEC, VEC], DTYPE)
+            terms = tl.zeros([BLOCK_V // VEC, VEC], DTYPE)
             for tile in tl.static_range(UNROLL):
                 weight = tl.full([BLOCK_V // VEC, VEC], 1.0, DTYPE)
                 if HAS_WEIGHT:
                     at = VEC - skew + start + tile * BLOCK_V + cols
                     weight = tl.load(weight_ptr + at)
-                part_dot += tl.sum(weight * (tiles[tile] - part_max[:, None]), axis=1)
-                part_weight += tl.sum(weight, axis=1)
+                weights += weight
+                terms += weight * (tiles[tile] - part_max[:, None])
+            part_dot += part_weight * (old_max - part_max) + tl.sum(terms, axis=1)
+            part_weight += tl.sum(weights, axis=1)
     for start in tl.range(bulk, interior_size, BLOCK_V):
         mask = start + first < interior_size
         x = tl.load(interior_ptr + start + cols, mask=mask, other=float("-inf")).to(DTYPE)

@@ -146,7 +146,7 @@ def main():
     backend, arch, warp_size, what = sys.argv[1:5]
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     triton.runtime.driver.set_active(CompileOnly(target))
-    launch._warp_size = lambda: int(warp_size)
+    launch._warp_size = lambda device: int(warp_size)
     if what == "binaries":
         print(json.dumps(binaries_by_batch()))
         return
