@@ -16,14 +16,16 @@ import torch.nn.functional as F
 
 from fused_ce import fused_cross_entropy
 
-CASES = [  # rows, vocabulary: of about the same size, but for what BabyGPT trains on
+CASES = [  # rows, vocabulary: BabyGPT's sizes, then a small and a usual batch of a language model
     (1024, 65),
     (8192, 65),
     (65536, 65),
-    (2048, 6148),
+    (512, 6148),
+    (8192, 6148),
     (512, 32000),
-    (256, 50257),
-    (128, 128256),
+    (2048, 32000),
+    (1024, 50257),
+    (512, 128256),
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
