@@ -1,13 +1,14 @@
-"""fused_ce: cross-entropy for PyTorch in one pass over the logits."""
+"""fused_ce: cross-entropy for PyTorch, with its gradient in one launch."""
 
 from fused_ce.backend import backend
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.modules import FusedCrossEntropyLoss
 from fused_ce.reference import reference_cross_entropy
+from fused_ce.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "FusedCrossEntropyLoss",
+    "__version__",
     "backend",
     "fused_cross_entropy",
     "reference_cross_entropy",

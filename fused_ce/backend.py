@@ -45,7 +45,9 @@ def _checked(name: str, source: str) -> str:
 
 def choose(device: torch.device) -> str:
     """The implementation for tensors on `device`: "triton", "cpu" or "reference"."""
-    name = _chosen.get() or _checked(os.environ.get("FUSED_CE_BACKEND", "auto"), "FUSED_CE_BACKEND")
+    name = _chosen.get() or _checked(
+        os.environ.get("FUSED_CE_BACKEND") or "auto", "FUSED_CE_BACKEND"
+    )
     if name == "auto":
         return _automatic(device)
     if name == "cpu" and device.type != "cpu":

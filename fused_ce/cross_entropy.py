@@ -50,10 +50,10 @@ def fused_cross_entropy(
         label_smoothing: in [0, 1]; how much of the target is spread evenly over the classes.
         dim: the class axis of `logits`; None lets the shape of `targets` decide.
         inplace: let the gradient overwrite the storage of `logits`, which saves a buffer of their
-            size. Whatever reads the logits afterwards reads the gradient. Their version counter is
-            bumped: a backward that needs the logits as they were raises.
-        grad_in_forward: True computes the gradient together with the loss, in one pass over the
-            logits, and backward only multiplies it by the upstream gradient; False reads the
+            size; where rows share memory, or their batch axes need a copy, it cannot. Whatever
+            reads the logits afterwards reads the gradient. Their version counter is bumped: a
+            backward that needs the logits as they were raises.
+        grad_in_forward: True computes the gradient together with the loss, and backward only multiplies it by the upstream gradient; False reads the
             logits again in backward. None chooses True for "mean" and "sum" except in float16,
             where a gradient could underflow before a GradScaler's factor reaches it.
 
@@ -124,9 +124,7 @@ def prepare(
 def check_options(options: LossOptions) -> None:
     """Raise TypeError or ValueError for what no logits could make right."""
     if options.reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
-        )
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {options.reduction!r}')
     smoothing = options.label_smoothing
     if isinstance(smoothing, bool) or not isinstance(smoothing, numbers.Real):
         raise TypeError(f"label_smoothing must be a number, got {smoothing!r}")
@@ -139,7 +137,7 @@ def check_options(options: LossOptions) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     if not isinstance(options.inplace, bool):
         raise TypeError(f"inplace must be True or False, got {options.inplace!r}")
-    if options.grad_in_forward not in (None, True, False):
+    if not (options.grad_in_forward is None or isinstance(options.grad_in_forward, bool)):
         raise TypeError(
             f"grad_in_forward must be None, True or False, got {options.grad_in_forward!r}"
         )
@@ -151,7 +149,7 @@ def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | N
     if len(shape) == 0:
         raise ValueError("logits need a class axis, got a 0-d tensor")
     if dim is not None:
-        if isinstance(dim, bool) or not isinstance(dim, int):
+        if isinstance(dim, bool) or not hasattr(dim, "__index__"):
             raise TypeError(f"dim must be an int or None, got {dim!r}")
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} is out of range for logits {shape}")
@@ -185,7 +183,10 @@ def _check_tensors(logits, targets, weight) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if targets.dtype not in TARGET_DTYPES:
-        raise TypeError(f"targets must be class indices of an integer dtype, got {targets.dtype}")
+        hint = "; probabilities are not supported yet" if targets.shape == logits.shape else ""
+        raise TypeError(
+            f"targets must be class indices of an integer dtype, got {targets.dtype}{hint}"
+        )
     if weight is not None and not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a torch.Tensor or None, got {type(weight).__name__}")
     if weight is not None and not weight.is_floating_point():

@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    sys.exit(f"error: BabyGPT needs {error.name}: pip install 'fused_ce[train]'")
 
 from fused_ce.babygpt.checkpoint import config_from_plain, newest_checkpoint
 from fused_ce.babygpt.config import EvalConfig, SampleConfig, TrainConfig, preset

@@ -153,13 +153,13 @@ class TrainConfig:
 PRESETS = {
     # The defaults above: about a minute on two CPU cores.
     "quick": TrainConfig(),
-    # The seeds' first model: 65 V parameters.
+    # A table of character pairs, as BabyGPT began: embedding to linear, 65 V parameters.
     "v1": TrainConfig(
         preset="v1", block_size=8, batch_size=32, n_layer=0, n_head=1, n_embd=32,
         lr=1e-2, min_lr=None, warmup_steps=0, decay_steps=None,
         max_steps=5000, eval_interval=500, eval_iters=200, checkpoint_interval=2500,
     ),
-    # The seeds' last model, with the settings of its published curve.
+    # What BabyGPT grew into; its size wants a GPU.
     "v12": TrainConfig(
         preset="v12", block_size=256, batch_size=64, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
         lr=3e-4, min_lr=None, warmup_steps=0, decay_steps=None,

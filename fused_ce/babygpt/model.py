@@ -70,8 +70,8 @@ class Block(nn.Module):
 class BabyGPT(nn.Module):
     """A GPT that scores the next token at every position.
 
-    With `n_layer = 0` it is the seeds' first model: embedding to linear with bias, which sees one
-    token only and so has neither positions nor a final norm.
+    With `n_layer = 0` it is embedding to linear with bias, which sees one token only and so has
+    neither positions nor a final norm.
 
     Args:
         config: the shape.

@@ -1,7 +1,6 @@
 """Training: a run that can be stopped at any step and continued bit for bit."""
 
 import math
-import resource
 import signal
 import sys
 import time
@@ -178,9 +177,10 @@ def _loop(run: Run, record: Record, folder: Path, interrupt: list[bool]) -> bool
                     run.best_val = row["val"]
                     save_checkpoint(folder / "best.pt", run.state())
                 record.append(row)
+                speed = f"  {row['tokens_per_s']:,.0f} tokens/s" if row["tokens_per_s"] else ""
                 bar.write(
                     f"step {row['step']:>{len(str(config.max_steps))}}  train {row['train']:.4f}  "
-                    f"val {row['val']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
+                    f"val {row['val']:.4f}  lr {row['lr']:.2e}{speed}"
                 )
                 sys.stdout.flush()  # a pipe too shows the line now
             if run.step == config.max_steps:
@@ -229,6 +229,8 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory that tensors had on the GPU, or that the process had on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where `sample` and `eval` work all the same
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
