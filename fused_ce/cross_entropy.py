@@ -53,9 +53,10 @@ def fused_cross_entropy(
             size; where rows share memory, or their batch axes need a copy, it cannot. Whatever
             reads the logits afterwards reads the gradient. Their version counter is bumped: a
             backward that needs the logits as they were raises.
-        grad_in_forward: True computes the gradient together with the loss, and backward only multiplies it by the upstream gradient; False reads the
-            logits again in backward. None chooses True for "mean" and "sum" except in float16,
-            where a gradient could underflow before a GradScaler's factor reaches it.
+        grad_in_forward: True computes the gradient together with the loss, and backward only
+            multiplies it by the upstream gradient; False reads the logits again in backward. None
+            chooses True for "mean" and "sum" except in float16, where a gradient could underflow
+            before a GradScaler's factor reaches it.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or the shape of `targets` for
