@@ -1,9 +1,9 @@
 """The loss on the CPU: the rows of the reference, a block at a time, so that it stays in cache.
 
 Eager `F.cross_entropy` streams tensors of the size of the logits through memory several times and
-keeps two of them. Here every pass over a block but the first runs in cache, and the only tensor of
-the size of the logits is the gradient. The arithmetic is that of the kernels: subtract the row's
-maximum first (exact at any offset of the logits), then powers of two.
+holds three of them at its peak. Here every pass over a block but the first runs in cache, and the
+only tensor of the size of the logits is the gradient. The arithmetic is that of the kernels:
+subtract the row's maximum first (exact at any offset of the logits), then powers of two.
 
 The four public functions are those of kernels/launch.py; autograd.py calls either.
 """
@@ -26,7 +26,7 @@ def block_rows(vocab_size: int, n_threads: int, in_scratch: bool) -> int:
 
     Measured with two threads, V = 65 to 128,256, float32 and bfloat16: smaller blocks lose up to a
     fifth in the start of their operations, larger ones win nothing. Where a block needs scratch
-    memory (16-bit logits) it is half as large, to hold no more than 1 MiB a thread.
+    memory (16-bit logits) it is half as large: 1 MiB a thread, or four rows.
     """
     elements = BLOCK_ELEMENTS_PER_THREAD // (2 if in_scratch else 1)
     return max(4 * n_threads, elements * n_threads // vocab_size)

@@ -1,7 +1,7 @@
 """Forward with gradient in one launch: grad_logits = softmax(logits) - onehot(target), per row.
 
-A program reads its row for the statistics and again for the gradient. The second read finds the row
-in cache, so memory sees each logit once in and its gradient once out.
+A program reads its row for the statistics and again for the gradient. The second read is
+meant to find the row in cache, so that memory sees each logit once in and its gradient once out.
 """
 
 import triton
