@@ -90,7 +90,7 @@ def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
     row must be skewed as its logits row is. Contiguous logits get a contiguous gradient; rows
     sliced from a padded matrix, and groups of rows, get less than 16 bytes of padding each.
     """
-    if not is_dense(logits):
+    if not is_dense(logits) or logits.is_contiguous() and logits.data_ptr() % 16 == 0:
         return torch.empty_like(logits)
     n_groups, rows_per_group, vocab_size = logits.shape
     vector = 16 // logits.element_size()

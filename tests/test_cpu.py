@@ -51,7 +51,7 @@ def test_blocks_cover_every_row_once(monkeypatch, shape, rows):
     logits = torch.zeros(*shape, 5)
     numbers = torch.arange(shape[0] * shape[1]).view(shape)
     seen = []
-    for flat, groups, columns in cpu._blocks(logits, in_scratch=False):
+    for flat, groups, columns in cpu._blocks(logits, cpu._rows_at_once(logits, False)):
         block = numbers[groups, columns].flatten()
         assert 0 < len(block) <= max(rows, 1)
         assert block.tolist() == list(range(flat.start, flat.stop))
