@@ -9,16 +9,17 @@ import triton.language as tl
 from ..rows import is_packed
 from .online_softmax import (
     edge_columns,
+    elements_of,
     gradient_at_target,
     gradient_tile,
     load_target,
+    load_tile,
     loss_factors,
-    mean_divisor,
     row_offset,
     split_row,
     tile_columns,
 )
-from .reduce import PARTIALS
+from .reduce import DIVISOR, WEIGHT_SUM
 
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to return at once
 SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many elements
@@ -31,17 +32,17 @@ SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many el
         "vocab_size", "ignore_index",
     ],
     # split_row aligns the accesses itself: a misaligned slice needs no second binary
-    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "grad_logits_ptr"],
+    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "weight_ptr", "grad_logits_ptr"],
 )  # fmt: skip
 def cross_entropy_backward_kernel(
-    grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr,
+    grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, sums_ptr,
     row_max_ptr, row_sum_ptr, grad_logits_ptr,
     grad_losses_stride: tl.int64,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64,
     grad_group_stride: tl.int64, grad_row_stride: tl.int64,
     vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, PARTIALS: tl.constexpr,
+    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """One program a row and BLOCK_V * UNROLL of its columns: it loads them all, then stores."""
@@ -60,11 +61,13 @@ def cross_entropy_backward_kernel(
     # An ignored row may hold NaN: it is not read, its factors are zero and so is its gradient.
     row_max = tl.load(row_max_ptr + row, mask=counts, other=0.0)
     row_sum = tl.load(row_sum_ptr + row, mask=counts, other=1.0)
-    grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
+    grad_loss = tl.full([], 1.0, DTYPE)
+    if UPSTREAM:
+        grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
     if MEAN:
-        grad_loss /= mean_divisor(partials_ptr, PARTIALS)
+        grad_loss /= tl.load(sums_ptr + DIVISOR)
     target_factor, lse_factor, class_factor = loss_factors(
-        target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
+        target, in_range, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
         DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
     softmax_factor = tl.where(counts, grad_loss * lse_factor / row_sum, 0.0)
@@ -77,8 +80,7 @@ def cross_entropy_backward_kernel(
     tiles = ()
     for tile in tl.static_range(UNROLL):
         at = start + tile * BLOCK_V
-        mask = at + first < read_size
-        tiles = tiles + (tl.load(interior_ptr + at + cols, mask=mask, other=0.0),)
+        tiles = tiles + (load_tile(interior_ptr, at, read_size, BLOCK_V, "evict_first", True),)
     edge_size = tl.where(start == 0, vocab_size, 0)  # the first program of a row takes its edges
     edge, is_edge = edge_columns(skew, interior_size, edge_size, VEC)
     _, is_read = edge_columns(skew, interior_size, tl.where(counts, edge_size, 0), VEC)
@@ -95,10 +97,10 @@ def cross_entropy_backward_kernel(
         mask = start + tile * BLOCK_V + first < interior_size
         weight_ptrs = weight_ptr + (VEC - skew) + at if HAS_WEIGHT else None
         grad = gradient_tile(
-            tiles[tile].to(DTYPE), row_max, softmax_factor, class_grad, weight_ptrs, mask,
-            HAS_WEIGHT, HAS_SMOOTHING,
+            elements_of(tiles[tile], OUT, DTYPE), row_max, softmax_factor, class_grad, weight_ptrs,
+            mask, HAS_WEIGHT, HAS_SMOOTHING,
         )  # fmt: skip
-        tl.store(grad_interior_ptr + at, grad.to(OUT), mask=mask)
+        tl.store(grad_interior_ptr + at, grad.to(OUT), mask=mask, eviction_policy="evict_first")
     weight_ptrs = weight_ptr + edge if HAS_WEIGHT else None
     grad = gradient_tile(
         x_edge, row_max, softmax_factor, class_grad, weight_ptrs, is_edge,
@@ -125,7 +127,7 @@ def scale_kernel(
     group_stride: tl.int64, row_stride: tl.int64,
     out_group_stride: tl.int64, out_row_stride: tl.int64,
     n_elements: tl.int64, row_size: tl.int32,
-    BLOCK_V: tl.constexpr, SKIP_ONE: tl.constexpr,
+    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, SKIP_ONE: tl.constexpr,
 ):  # fmt: skip
     """out = grad_logits * grad_losses. In place with one factor for all, SKIP_ONE returns at once
     where it is 1: the host never learns the value, so nothing waits. A zero stays zero, so that an
@@ -146,11 +148,18 @@ def scale_kernel(
         out_row_ptr = out_ptr + row_offset(row, rows_per_group, out_group_stride, out_row_stride)
         skew, interior_ptr, interior_size = split_row(row_ptr, size, VEC)
         _, out_interior_ptr, _ = split_row(out_row_ptr, size, VEC)
-        for start in tl.range(0, interior_size, BLOCK_V):
-            mask = start + first < interior_size
-            x = tl.load(interior_ptr + start + cols, mask=mask, other=0.0).to(factor.dtype)
-            x = tl.where(x == 0.0, x, x * factor)
-            tl.store(out_interior_ptr + start + cols, x.to(OUT), mask=mask)
+        for start in tl.range(0, interior_size, BLOCK_V * UNROLL):
+            tiles = ()  # all loads before the first store, which may be to the same memory
+            for i in tl.static_range(UNROLL):
+                at = start + i * BLOCK_V
+                mask = at + first < interior_size
+                tiles = tiles + (tl.load(interior_ptr + at + cols, mask=mask, other=0.0),)
+            for i in tl.static_range(UNROLL):
+                at = start + i * BLOCK_V
+                x = tiles[i].to(factor.dtype)
+                x = tl.where(x == 0.0, x, x * factor)
+                mask = at + first < interior_size
+                tl.store(out_interior_ptr + at + cols, x.to(OUT), mask=mask)
         edge, is_edge = edge_columns(skew, interior_size, size, VEC)
         x = tl.load(row_ptr + edge, mask=is_edge, other=0.0).to(factor.dtype)
         x = tl.where(x == 0.0, x, x * factor)
@@ -158,20 +167,23 @@ def scale_kernel(
 
 
 def launch_backward(
-    grad_losses, logits, targets, weight, weight_sum, partials, row_max, row_sum, grad_logits,
-    options, config,
-):  # fmt: skip
-    """Fill grad_logits (may be the logits) from dense rows; grad_losses is () or (n_rows,)."""
+    grad_losses, logits, targets, weight, sums, row_max, row_sum, grad_logits, options, config
+):
+    """Fill grad_logits (may be the logits) from dense rows.
+
+    grad_losses, () or (n_rows,), is the upstream gradient; None stands for 1.
+    """
     n_groups, rows_per_group, vocab_size = logits.shape
     steps = -(-vocab_size // (config.block_v * config.unroll))
+    has_stride = grad_losses is not None and grad_losses.dim() > 0
     cross_entropy_backward_kernel[(n_groups * rows_per_group, steps)](
-        grad_losses, logits, targets, weight, weight_sum, partials, row_max, row_sum, grad_logits,
-        grad_losses.stride(0) if grad_losses.dim() else 0,
+        grad_losses, logits, targets, weight, sums, row_max, row_sum, grad_logits,
+        grad_losses.stride(0) if has_stride else 0,
         rows_per_group, *logits.stride()[:2], *targets.stride(), *grad_logits.stride()[:2],
         vocab_size, options.ignore_index, options.label_smoothing,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
-        PARTIALS=PARTIALS,
+        UPSTREAM=grad_losses is not None,
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0.0,
@@ -197,6 +209,7 @@ def launch_scale(grad_logits, grad_losses, out, config):
         0 if one_factor else grad_losses.stride(0), n_rows, rows_per_group, *strides,
         n_elements, row_size,
         BLOCK_V=config.block_v,
+        UNROLL=config.unroll,
         SKIP_ONE=one_factor and out is grad_logits,
         num_warps=config.num_warps,
     )  # fmt: skip

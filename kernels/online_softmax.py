@@ -76,6 +76,46 @@ def tile_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    interior_ptr, start, size, BLOCK_V: tl.constexpr, EVICT: tl.constexpr, PAIRS: tl.constexpr
+):
+    """A tile [R, VEC] of the interior; -inf from column `size` on, where given.
+
+    With PAIRS, 16-bit elements come as int32 pairs [R, VEC / 2]: 6.7 instructions an element in the
+    loop of the statistics against 7.1, and the form in which registers hold two of them.
+    """
+    IN: tl.constexpr = interior_ptr.dtype.element_ty
+    BITS: tl.constexpr = IN.primitive_bitwidth
+    if PAIRS and BITS == 16:
+        cols, first = tile_columns(BLOCK_V // 2, 64 // BITS)
+        ptrs = interior_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2 + cols
+        mask = None if size is None else start + 2 * first < size
+        INFINITIES: tl.constexpr = -8323200 if IN == tl.bfloat16 else -67044352  # ff80, fc00 twice
+        other = None if size is None else INFINITIES
+        return tl.load(ptrs, mask=mask, other=other, eviction_policy=EVICT)
+    else:
+        cols, first = tile_columns(BLOCK_V, 128 // BITS)
+        mask = None if size is None else start + first < size
+        other = None if size is None else float("-inf")
+        return tl.load(interior_ptr + start + cols, mask=mask, other=other, eviction_policy=EVICT)
+
+
+@triton.jit
+def elements_of(tile, IN: tl.constexpr, DTYPE: tl.constexpr):
+    """The elements [R, VEC] of a tile of `load_tile`, in the dtype of the arithmetic."""
+    if tile.dtype != tl.int32:
+        return tile.to(DTYPE)
+    else:
+        if IN == tl.bfloat16:
+            low = (tile << 16).to(tl.float32, bitcast=True)
+            high = (tile & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = tile.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (tile >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return tl.reshape(tl.join(low, high), [tile.shape[0], 2 * tile.shape[1]])
+
+
+@triton.jit
 def online_update(part_max, part_sum, tiles):
     """Tiles [R, VEC] into the running (max, sum) [R] of their threads, rescaled once for all."""
     new_max = part_max
@@ -88,76 +128,137 @@ def online_update(part_max, part_sum, tiles):
 
 
 @triton.jit
-def row_statistics(
-    row_ptr, weight_ptr, vocab_size,
-    DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+def smoothing_update(
+    part_dot, part_weight, old_max, new_max, tiles, weight_interior_ptr, start, size,
+    BLOCK_V: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum of exp(x - max), sum of weight * (x - max)) of one row.
+    """Tiles into (sum of weight * (x - max), sum of weight) [R]; columns from `size` on, where
+    given, do not count.
 
-    The last is for label smoothing alone. Like the second it is kept relative to the running
-    maximum, so that all its terms have one sign: relative to anything else, a common offset or one
-    masked logit would cancel its digits.
+    The dot product is kept relative to the running maximum, so that all its terms have one sign:
+    relative to anything else, a common offset or one masked logit would cancel its digits.
     """
-    VEC: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
-    skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
+    VEC: tl.constexpr = tiles[0].shape[1]
     cols, first = tile_columns(BLOCK_V, VEC)
+    # One sum of all tiles, not one each: a loop that adds the sum of a load twice crashes Triton
+    # 3.7's thread-locality pass.
+    weights = tl.zeros([BLOCK_V // VEC, VEC], part_dot.dtype)
+    terms = tl.zeros([BLOCK_V // VEC, VEC], part_dot.dtype)
+    for tile in tl.static_range(len(tiles)):
+        at = start + tile * BLOCK_V
+        exists = None if size is None else at + first < size
+        weight = tl.full([BLOCK_V // VEC, VEC], 1.0, part_dot.dtype)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_interior_ptr + at + cols, mask=exists).to(part_dot.dtype)
+        term = weight * (tiles[tile] - new_max[:, None])
+        if exists is not None:
+            weight = tl.where(exists, weight, 0.0)
+            term = tl.where(exists, term, 0.0)
+        weights += weight
+        terms += term
+    part_dot += part_weight * (old_max - new_max) + tl.sum(terms, axis=1)
+    return part_dot, part_weight + tl.sum(weights, axis=1)
+
+
+@triton.jit
+def statistics_update(
+    part_max, part_sum, part_dot, part_weight, tiles, weight_interior_ptr, start, size,
+    BLOCK_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    new_max, part_sum = online_update(part_max, part_sum, tiles)
+    if HAS_SMOOTHING:
+        part_dot, part_weight = smoothing_update(
+            part_dot, part_weight, part_max, new_max, tiles, weight_interior_ptr, start, size,
+            BLOCK_V, HAS_WEIGHT,
+        )  # fmt: skip
+    return new_max, part_sum, part_dot, part_weight
+
+
+@triton.jit
+def rebased_dot(part_dot, part_weight, part_max, row_max):
+    """Sums of weight * (x - part_max) as ones of weight * (x - row_max)."""
+    # Who saw no column still has the lowest finite maximum.
+    return part_dot + tl.where(part_weight == 0.0, 0.0, part_weight * (part_max - row_max))
+
+
+@triton.jit
+def streamed_size(lo, hi, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr):
+    """How much of columns [lo, hi) of the interior to stream, in whole steps of UNROLL tiles: all
+    that there are, or so many that the rest fits in HELD tiles."""
+    STEP: tl.constexpr = BLOCK_V * UNROLL
+    if HELD == 0:
+        return tl.maximum(hi - lo, 0) // STEP * STEP
+    else:
+        return tl.maximum(hi - lo - HELD * BLOCK_V + STEP - 1, 0) // STEP * STEP
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, weight_ptr, vocab_size, lo, hi, has_edges,
+    DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr,
+    EVICT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """(max, sum of exp(x - max), sum of weight * (x - max), sum of weight, held) of one row, or of
+    its columns [lo, hi) of the interior and, if has_edges, those outside it; the third and fourth
+    are 0 without smoothing.
+
+    held is the last HELD tiles. They, or where HELD is 0 the tiles of a last loop, are all that is
+    masked: the steps before need no mask, which costs each vector a compare and four moves.
+    """
+    IN: tl.constexpr = row_ptr.dtype.element_ty
+    VEC: tl.constexpr = 128 // IN.primitive_bitwidth
+    tl.static_assert(HELD == 0 or HELD >= UNROLL)
+    skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
+    weight_interior_ptr = weight_ptr + (VEC - skew) if HAS_WEIGHT else None
     part_max = tl.zeros([BLOCK_V // VEC], DTYPE) + lowest_finite(DTYPE)
     part_sum = tl.zeros([BLOCK_V // VEC], DTYPE)
     part_dot = tl.zeros([BLOCK_V // VEC], DTYPE)
     part_weight = tl.zeros([BLOCK_V // VEC], DTYPE)  # of the columns that are in part_dot
 
-    # The bulk without masks: with them, each vector costs a compare and four register moves more.
-    bulk = interior_size // (BLOCK_V * UNROLL) * (BLOCK_V * UNROLL)
-    for start in tl.range(0, bulk, BLOCK_V * UNROLL):
+    # Between pairs and class weights the compiler would exchange elements through shared memory.
+    PAIRS: tl.constexpr = HELD > 0 or not (HAS_WEIGHT and HAS_SMOOTHING)
+    rest = lo + streamed_size(lo, hi, BLOCK_V, UNROLL, HELD)
+    for start in tl.range(lo, rest, BLOCK_V * UNROLL):
         tiles = ()
-        for tile in tl.static_range(UNROLL):
-            x = tl.load(interior_ptr + start + tile * BLOCK_V + cols).to(DTYPE)
-            tiles = tiles + (x,)
-        old_max = part_max
-        part_max, part_sum = online_update(part_max, part_sum, tiles)
-        if HAS_SMOOTHING:
-            # One sum of all tiles, not one each: a loop that adds the sum of a load twice crashes
-            # Triton 3.7's thread-locality pass.
-            weights = tl.zeros([BLOCK_V // VEC, VEC], DTYPE)
-            terms = tl.zeros([BLOCK_V // VEC, VEC], DTYPE)
-            for tile in tl.static_range(UNROLL):
-                weight = tl.full([BLOCK_V // VEC, VEC], 1.0, DTYPE)
-                if HAS_WEIGHT:
-                    at = VEC - skew + start + tile * BLOCK_V + cols
-                    weight = tl.load(weight_ptr + at)
-                weights += weight
-                terms += weight * (tiles[tile] - part_max[:, None])
-            part_dot += part_weight * (old_max - part_max) + tl.sum(terms, axis=1)
-            part_weight += tl.sum(weights, axis=1)
-    for start in tl.range(bulk, interior_size, BLOCK_V):
-        mask = start + first < interior_size
-        x = tl.load(interior_ptr + start + cols, mask=mask, other=float("-inf")).to(DTYPE)
-        old_max = part_max
-        part_max, part_sum = online_update(part_max, part_sum, (x,))
-        if HAS_SMOOTHING:
-            weight = tl.where(mask, 1.0, 0.0).to(DTYPE)
-            if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + VEC - skew + start + cols, mask=mask, other=0.0)
-            term = tl.where(mask, weight * (x - part_max[:, None]), 0.0)
-            part_dot += part_weight * (old_max - part_max) + tl.sum(term, axis=1)
-            part_weight += tl.sum(weight, axis=1)
+        for i in tl.static_range(UNROLL):
+            tile = load_tile(interior_ptr, start + i * BLOCK_V, None, BLOCK_V, EVICT, PAIRS)
+            tiles = tiles + (elements_of(tile, IN, DTYPE),)
+        part_max, part_sum, part_dot, part_weight = statistics_update(
+            part_max, part_sum, part_dot, part_weight, tiles, weight_interior_ptr, start, None,
+            BLOCK_V, HAS_WEIGHT, HAS_SMOOTHING,
+        )  # fmt: skip
+    held = ()
+    for i in tl.static_range(HELD):
+        tile = load_tile(interior_ptr, rest + i * BLOCK_V, hi, BLOCK_V, "evict_first", PAIRS)
+        held = held + (tile,)
+    for i in tl.static_range(HELD):
+        part_max, part_sum, part_dot, part_weight = statistics_update(
+            part_max, part_sum, part_dot, part_weight, (elements_of(held[i], IN, DTYPE),),
+            weight_interior_ptr, rest + i * BLOCK_V, hi, BLOCK_V, HAS_WEIGHT, HAS_SMOOTHING,
+        )  # fmt: skip
+    if HELD == 0:
+        for start in tl.range(rest, hi, BLOCK_V):
+            tile = load_tile(interior_ptr, start, hi, BLOCK_V, EVICT, PAIRS)
+            part_max, part_sum, part_dot, part_weight = statistics_update(
+                part_max, part_sum, part_dot, part_weight, (elements_of(tile, IN, DTYPE),),
+                weight_interior_ptr, start, hi, BLOCK_V, HAS_WEIGHT, HAS_SMOOTHING,
+            )  # fmt: skip
 
-    edge, is_edge = edge_columns(skew, interior_size, vocab_size, VEC)
+    edge, is_edge = edge_columns(skew, interior_size, tl.where(has_edges, vocab_size, 0), VEC)
     x = tl.load(row_ptr + edge, mask=is_edge, other=float("-inf")).to(DTYPE)
     row_max = tl.maximum(tl.max(part_max, axis=0), tl.max(x, axis=0))
     row_max = tl.maximum(row_max, lowest_finite(DTYPE))
     row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0)
     row_sum += tl.sum(exp_of(x - row_max), axis=0)
-    row_dot = tl.sum(part_dot, axis=0)
+    row_dot, row_weight = tl.full([], 0.0, DTYPE), tl.full([], 0.0, DTYPE)
     if HAS_SMOOTHING:
-        # A thread that saw no column still has the lowest finite maximum.
-        rebase = tl.where(part_weight == 0.0, 0.0, part_weight * (part_max - row_max))
-        term = x - row_max
+        weight = tl.where(is_edge, 1.0, 0.0).to(DTYPE)
         if HAS_WEIGHT:
-            term *= tl.load(weight_ptr + edge, mask=is_edge, other=0.0)
-        row_dot += tl.sum(rebase, axis=0) + tl.sum(tl.where(is_edge, term, 0.0), axis=0)
-    return row_max, row_sum, row_dot
+            weight = tl.load(weight_ptr + edge, mask=is_edge, other=0.0).to(DTYPE)
+        row_dot = tl.sum(rebased_dot(part_dot, part_weight, part_max, row_max), axis=0)
+        row_dot += tl.sum(tl.where(is_edge, weight * (x - row_max), 0.0), axis=0)
+        row_weight = tl.sum(part_weight, axis=0) + tl.sum(weight, axis=0)
+    return row_max, row_sum, row_dot, row_weight, held
 
 
 @triton.jit
@@ -180,7 +281,7 @@ def loss_factors(
     """
     target_factor = tl.where(in_range, 1.0, float("nan")).to(DTYPE)
     if HAS_WEIGHT:
-        target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0)
+        target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0).to(DTYPE)
     lse_factor = target_factor
     class_factor = tl.full([], 0.0, DTYPE)
     if HAS_SMOOTHING:
@@ -195,6 +296,14 @@ def loss_factors(
 
 
 @triton.jit
+def row_loss(row_max, row_sum, row_dot, x_target, target_factor, lse_factor, class_factor):
+    """The loss of a row, from what `loss_factors` and `row_statistics` return."""
+    # lse - x is log(sum) + (max - x): a common offset of the logits cancels before it can round
+    loss = lse_factor * tl.log(row_sum) - target_factor * (x_target - row_max)
+    return loss - class_factor * row_dot
+
+
+@triton.jit
 def gradient_tile(
     x, row_max, softmax_factor, class_grad, weight_ptrs, mask,
     HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -206,7 +315,8 @@ def gradient_tile(
     grad = exp_of(x - row_max) * softmax_factor
     if HAS_SMOOTHING:
         if HAS_WEIGHT:
-            grad -= class_grad * tl.load(weight_ptrs, mask=mask)  # unstored lanes: anything
+            weight = tl.load(weight_ptrs, mask=mask)  # unstored lanes: anything
+            grad -= class_grad * weight.to(grad.dtype)
         else:
             grad -= class_grad
     return grad
@@ -221,13 +331,8 @@ def gradient_at_target(
     grad = exp_of(x_target - row_max) * softmax_factor - grad_loss * target_factor
     if HAS_SMOOTHING:
         if HAS_WEIGHT:
-            grad -= class_grad * tl.load(weight_ptr + target, mask=in_range, other=0.0)
+            weight = tl.load(weight_ptr + target, mask=in_range, other=0.0)
+            grad -= class_grad * weight.to(grad.dtype)
         else:
             grad -= class_grad
     return grad
-
-
-@triton.jit
-def mean_divisor(partials_ptr, PARTIALS: tl.constexpr):
-    """The sum of class weights over all rows that count, from reduce.py's partial sums."""
-    return tl.sum(tl.load(partials_ptr + tl.arange(0, PARTIALS)), axis=0)

@@ -1,76 +1,154 @@
 """Row values to scalars on the device: what "mean" divides by, and the loss itself.
 
-Sums run in a fixed order, so that a loss is bitwise equal from run to run.
+Whichever program comes last adds up what the others stored, in a fixed order: nothing is launched
+for it, and a loss is bitwise equal from run to run.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from .online_softmax import mean_divisor, row_offset
+from .online_softmax import row_offset
 
-PARTIALS = 64  # programs that count the targets; every reader adds their partial sums up again
+GROUP_ROWS = 1024  # rows whose losses one program adds up, before the last adds up the groups
+PARTIALS = 64  # programs that count the targets at most
 COUNT_BLOCK = 1024
-SUM_BLOCK = 4096
+SUM_BLOCK = 1024
+
+# The places in Workspace.sums
+DIVISOR = tl.constexpr(0)
+WEIGHT_SUM = tl.constexpr(1)
+COUNTS = tl.constexpr(2)
+WEIGHTS = tl.constexpr(2 + PARTIALS)
+GROUPS = tl.constexpr(2 + 2 * PARTIALS)
+
+# The places in Workspace.counters
+COUNTED = tl.constexpr(0)
+REDUCED = tl.constexpr(1)
+GROUPS_REDUCED = tl.constexpr(2)
+ROWS_COMBINED = tl.constexpr(3)  # of fewer than GROUP_ROWS rows: split.py's
+
+
+@triton.jit
+def is_last(counter_ptr, n_programs):
+    """Whether all n_programs have called this; the last then sees what the others stored."""
+    tl.debug_barrier()  # one thread counts, for the stores of all
+    last = tl.atomic_add(counter_ptr, 1, sem="release") == n_programs - 1
+    if last:
+        # Acquire only here: it empties the L1 cache, where other programs hold their rows. Its
+        # result must be used, or the compiler drops it.
+        last = tl.atomic_add(counter_ptr, 0, sem="acquire") == n_programs
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def sum_of(ptr, size, BLOCK: tl.constexpr):
+    """The sum of `size` elements, in a fixed order."""
+    total = tl.zeros([BLOCK], ptr.dtype.element_ty)
+    for start in tl.range(0, size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        total += tl.load(ptr + cols, mask=cols < size, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def target_weights(
+    targets_ptr, weight_ptr, rows, n_rows, rows_per_group, targets_group_stride,
+    targets_row_stride, vocab_size, ignore_index, DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """weight[target] (or 1) of rows, 0 of what is ignored or does not exist."""
+    exists = rows < n_rows
+    offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride)
+    targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
+    counts = exists & (targets != ignore_index)
+    if HAS_WEIGHT:
+        in_range = counts & (targets >= 0) & (targets < vocab_size)
+        return tl.load(weight_ptr + targets, mask=in_range, other=0.0).to(DTYPE)
+    else:
+        return counts.to(DTYPE)
+
+
+@triton.jit
+def reduce_losses(
+    losses_ptr, loss_ptr, sums_ptr, counters_ptr, program, n_programs, n_rows,
+    ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Called by each program when it has stored the losses of its ROWS rows."""
+    GROUP: tl.constexpr = GROUP_ROWS // ROWS
+    group = program // GROUP
+    n_groups = (n_programs + GROUP - 1) // GROUP
+    group_size = tl.minimum(n_programs - group * GROUP, GROUP)
+    if is_last(counters_ptr + GROUPS_REDUCED + group, group_size):
+        start = group * GROUP_ROWS
+        size = tl.minimum(n_rows - start, GROUP_ROWS)
+        total = sum_of(losses_ptr + start, size, SUM_BLOCK)
+        tl.store(sums_ptr + GROUPS + group, total)
+        if is_last(counters_ptr + REDUCED, n_groups):
+            loss = sum_of(sums_ptr + GROUPS, n_groups, SUM_BLOCK)
+            if MEAN:
+                loss /= tl.load(sums_ptr + DIVISOR)
+            tl.store(loss_ptr, loss)
 
 
 @triton.jit(
     do_not_specialize=[
         "n_rows", "rows_per_group", "targets_group_stride", "targets_row_stride", "vocab_size",
         "ignore_index",
-    ]
+    ],
+    do_not_specialize_on_alignment=["targets_ptr", "weight_ptr", "sums_ptr", "counters_ptr"],
 )  # fmt: skip
 def mean_divisor_kernel(
-    targets_ptr, weight_ptr, partials_ptr,
+    targets_ptr, weight_ptr, sums_ptr, counters_ptr,
     n_rows: tl.int32, rows_per_group: tl.int32,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64,
     vocab_size: tl.int32, ignore_index: tl.int64,
-    BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr, PARTIALS: tl.constexpr, HAS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums, one a program, of weight[target] (or 1) over the rows that are not ignored."""
-    DTYPE: tl.constexpr = partials_ptr.dtype.element_ty
+    """The sum of weight[target] (or 1) over the rows that are not ignored, and that of weight."""
+    DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
     part = tl.zeros([BLOCK], DTYPE)
-    for start in tl.range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        exists = rows < n_rows
-        offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride)
-        targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
-        counts = exists & (targets != ignore_index)
-        if HAS_WEIGHT:
-            in_range = counts & (targets >= 0) & (targets < vocab_size)
-            part += tl.load(weight_ptr + targets, mask=in_range, other=0.0)
-        else:
-            part += counts.to(DTYPE)
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(part, axis=0))
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def reduce_losses_kernel(
-    losses_ptr, partials_ptr, loss_ptr, n_rows: tl.int32,
-    BLOCK: tl.constexpr, PARTIALS: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """loss = sum(losses), divided by the sum of the partials for a mean; one program."""
-    total = tl.zeros([BLOCK], losses_ptr.dtype.element_ty)
-    for start in tl.range(0, n_rows, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        total += tl.load(losses_ptr + rows, mask=rows < n_rows, other=0.0)
-    loss = tl.sum(total, axis=0)
+    first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
     if MEAN:
-        loss /= mean_divisor(partials_ptr, PARTIALS)
-    tl.store(loss_ptr, loss)
+        for start in tl.range(first, n_rows, step):
+            part += target_weights(
+                targets_ptr, weight_ptr, start + tl.arange(0, BLOCK), n_rows, rows_per_group,
+                targets_group_stride, targets_row_stride, vocab_size, ignore_index,
+                DTYPE, HAS_WEIGHT,
+            )  # fmt: skip
+    tl.store(sums_ptr + COUNTS + tl.program_id(0), tl.sum(part, axis=0))
+    if HAS_WEIGHT:
+        part = tl.zeros([BLOCK], DTYPE)
+        for start in tl.range(first, vocab_size, step):
+            cols = start + tl.arange(0, BLOCK)
+            part += tl.load(weight_ptr + cols, mask=cols < vocab_size, other=0.0).to(DTYPE)
+        tl.store(sums_ptr + WEIGHTS + tl.program_id(0), tl.sum(part, axis=0))
+    n_parts = tl.num_programs(0)
+    if is_last(counters_ptr + COUNTED, n_parts):
+        tl.store(sums_ptr + DIVISOR, sum_of(sums_ptr + COUNTS, n_parts, PARTIALS))
+        if HAS_WEIGHT:
+            tl.store(sums_ptr + WEIGHT_SUM, sum_of(sums_ptr + WEIGHTS, n_parts, PARTIALS))
 
 
-def launch_mean_divisor(targets, weight, partials, vocab_size, ignore_index):
-    """Fill partials (PARTIALS,) with sums of the class weights of targets that count."""
+class Workspace:
+    """What the programs of a loss tell each other: sums in the dtype of the arithmetic, counters
+    that start at 0."""
+
+    def __init__(self, logits, dtype, n_row_counters=0):
+        """For rows of logits (n_groups, rows_per_group, vocab_size)."""
+        n_groups = -(-logits.shape[:2].numel() // GROUP_ROWS)
+        self.sums = logits.new_empty(2 + 2 * PARTIALS + n_groups, dtype=dtype)
+        self.counters = logits.new_zeros(2 + n_groups + n_row_counters, dtype=torch.int32)
+
+
+def launch_mean_divisor(targets, weight, workspace, vocab_size, options):
+    """Fill what the row kernels need before their first row: DIVISOR, and WEIGHT_SUM."""
     n_groups, rows_per_group = targets.shape
-    mean_divisor_kernel[(PARTIALS,)](
-        targets, weight, partials, n_groups * rows_per_group, rows_per_group, *targets.stride(),
-        vocab_size, ignore_index, BLOCK=COUNT_BLOCK, HAS_WEIGHT=weight is not None, num_warps=4,
-    )  # fmt: skip
-
-
-def launch_reduce_losses(losses, partials, loss):
-    """Fill loss () with the sum of losses (n_rows,), over that of partials where given."""
-    reduce_losses_kernel[(1,)](
-        losses, partials, loss, losses.numel(),
-        BLOCK=SUM_BLOCK, PARTIALS=PARTIALS, MEAN=partials is not None, num_warps=8,
+    n_rows = n_groups * rows_per_group
+    size = max(n_rows, vocab_size if weight is not None else 0)
+    mean_divisor_kernel[(max(1, min(PARTIALS, -(-size // COUNT_BLOCK))),)](
+        targets, weight, workspace.sums, workspace.counters,
+        n_rows, rows_per_group, *targets.stride(), vocab_size, options.ignore_index,
+        BLOCK=COUNT_BLOCK, PARTIALS=PARTIALS, HAS_WEIGHT=weight is not None,
+        MEAN=options.reduction == "mean", num_warps=4,
     )  # fmt: skip

@@ -9,15 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .online_softmax import (
-    exp_of,
-    loss_factors,
-    lowest_finite,
-    mean_divisor,
-    row_offset,
-)
-from .reduce import PARTIALS
+from .online_softmax import exp_of, loss_factors, lowest_finite, row_offset
+from .reduce import DIVISOR, GROUP_ROWS, WEIGHT_SUM, reduce_losses
 
+SUM_BLOCK = 256  # eight losses a thread of one warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -29,15 +24,16 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
     ]
 )  # fmt: skip
 def cross_entropy_small_kernel(
-    grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, weight_sum_ptr, partials_ptr,
-    losses_ptr, grad_logits_ptr,
+    grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
+    losses_ptr, loss_ptr, grad_logits_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
     logits_group_stride: tl.int64, logits_row_stride, logits_class_stride,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64,
     grad_group_stride: tl.int64, grad_row_stride, grad_class_stride,
     vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
-    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, PARTIALS: tl.constexpr,
-    GROUPED: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    SUM_BLOCK: tl.constexpr, GROUPED: tl.constexpr, LOSS: tl.constexpr, REDUCE: tl.constexpr,
+    GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -57,13 +53,13 @@ def cross_entropy_small_kernel(
     row_sum = tl.sum(exps, axis=1)
     is_target = cols == targets[:, None]
     target_factor, lse_factor, class_factor = loss_factors(
-        targets, in_range & counts, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
+        targets, in_range & counts, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
         DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
     if HAS_SMOOTHING:
         class_weight = tl.full([1, BLOCK_V], 1.0, DTYPE)
         if HAS_WEIGHT:
-            class_weight = tl.load(weight_ptr + cols, mask=cols < vocab_size, other=0.0)
+            class_weight = tl.load(weight_ptr + cols, mask=cols < vocab_size, other=0.0).to(DTYPE)
 
     if LOSS:
         x_target = tl.sum(tl.where(is_target, difference, 0.0), axis=1)
@@ -79,7 +75,7 @@ def cross_entropy_small_kernel(
             at = rows.to(tl.int64) * grad_losses_stride
             grad_losses = tl.load(grad_losses_ptr + at, mask=exists, other=0.0).to(DTYPE)
         if MEAN:
-            grad_losses /= mean_divisor(partials_ptr, PARTIALS)
+            grad_losses /= tl.load(sums_ptr + DIVISOR)
         grad = exps * (grad_losses * lse_factor / row_sum)[:, None]
         grad -= tl.where(is_target, (grad_losses * target_factor)[:, None], 0.0)
         if HAS_SMOOTHING:
@@ -89,13 +85,19 @@ def cross_entropy_small_kernel(
         grad_ptrs = grad_logits_ptr + offsets[:, None] + cols * grad_class_stride
         out = grad.to(grad_logits_ptr.dtype.element_ty)
         tl.store(grad_ptrs, out, mask=exists[:, None] & (cols < vocab_size))
+    if REDUCE:
+        reduce_losses(
+            losses_ptr, loss_ptr, sums_ptr, counters_ptr, tl.program_id(0), tl.num_programs(0),
+            n_rows, BLOCK_ROWS, GROUP_ROWS, SUM_BLOCK, MEAN,
+        )  # fmt: skip
 
 
 def launch_small(
-    logits, targets, weight, weight_sum, partials, options, config, dtype,
-    *, losses=None, grad_logits=None, grad_losses=None,
+    logits, targets, weight, sums, options, config, dtype,
+    *, losses=None, loss=None, counters=None, grad_logits=None, grad_losses=None,
 ):  # fmt: skip
-    """Fill losses (n_rows,), grad_logits (may be the logits) or both, whichever is given.
+    """Fill losses (n_rows,), grad_logits (may be the logits) or both, whichever is given; and
+    loss () if given.
 
     grad_losses, () or (n_rows,), is the upstream gradient; None stands for 1.
     """
@@ -104,16 +106,18 @@ def launch_small(
     grad_strides = (0, 0, 0) if grad_logits is None else grad_logits.stride()
     has_stride = grad_losses is not None and grad_losses.dim() > 0
     cross_entropy_small_kernel[(-(-n_rows // config.block_rows),)](
-        grad_losses, logits, targets, weight, weight_sum, partials, losses, grad_logits,
+        grad_losses, logits, targets, weight, sums, counters, losses, loss, grad_logits,
         grad_losses.stride(0) if has_stride else 0,
         n_rows, rows_per_group, *logits.stride(), *targets.stride(), *grad_strides,
         vocab_size, options.ignore_index, options.label_smoothing,
         DTYPE=TRITON_DTYPES[dtype],
         BLOCK_ROWS=config.block_rows,
         BLOCK_V=config.block_v,
-        PARTIALS=PARTIALS,
+        GROUP_ROWS=GROUP_ROWS,
+        SUM_BLOCK=SUM_BLOCK,
         GROUPED=n_groups > 1,  # a division a row, which the usual contiguous batch can do without
         LOSS=losses is not None,
+        REDUCE=loss is not None,
         GRAD=grad_logits is not None,
         UPSTREAM=grad_losses is not None,
         MEAN=options.reduction == "mean",

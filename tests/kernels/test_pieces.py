@@ -10,11 +10,16 @@ import triton.language as tl  # noqa: E402
 from fused_ce.kernels.online_softmax import edge_columns, row_offset, split_row  # noqa: E402
 from fused_ce.kernels.reduce import (  # noqa: E402
     COUNT_BLOCK,
+    DIVISOR,
+    GROUP_ROWS,
     PARTIALS,
     SUM_BLOCK,
+    WEIGHT_SUM,
+    Workspace,
     launch_mean_divisor,
-    launch_reduce_losses,
+    reduce_losses,
 )
+from fused_ce.options import LossOptions  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["row", "rows_per_group", "group_stride", "row_stride"])
@@ -69,32 +74,67 @@ def test_interior_and_edges_cover_a_row_once(kernel_device, dtype):
             assert sorted(columns) == list(range(vocab_size))
 
 
+def divisor_of(targets, weight, classes, ignore_index=-100, smoothing=0.0):
+    """The workspace of a mean over rows of these targets."""
+    logits = torch.empty(*targets.shape, 0, device=targets.device)
+    workspace = Workspace(logits, torch.float32)
+    options = LossOptions(ignore_index=ignore_index, label_smoothing=smoothing)
+    launch_mean_divisor(targets, weight, workspace, classes, options)
+    return workspace
+
+
 @pytest.mark.parametrize("n_rows", [0, 1, COUNT_BLOCK + 1, COUNT_BLOCK * PARTIALS + 5], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 def test_mean_divisor(kernel_device, n_rows, weighted):
     targets = random_targets(1, n_rows, classes=11, device=kernel_device)
     targets[targets == 3] = -100
     weight = random_weight(11, device=kernel_device) if weighted else None
-    partials = torch.empty(PARTIALS, device=kernel_device)
-    launch_mean_divisor(targets, weight, partials, 11, -100)
+    sums = divisor_of(targets, weight, 11).sums
     counted = targets[targets >= 0]
     right = weight[counted].double().sum() if weighted else counted.numel()
-    assert partials.sum().item() == pytest.approx(float(right), rel=1e-5)
+    assert sums[DIVISOR.value].item() == pytest.approx(float(right), rel=1e-5)
 
 
 def test_mean_divisor_of_groups(kernel_device):
     targets = random_targets(40, 60, classes=5, device=kernel_device)[:, 3:50]
-    partials = torch.empty(PARTIALS, device=kernel_device)
-    launch_mean_divisor(targets, None, partials, 5, 2)
-    assert partials.sum() == (targets != 2).sum()
+    sums = divisor_of(targets, None, 5, ignore_index=2).sums
+    assert sums[DIVISOR.value] == (targets != 2).sum()
 
 
-@pytest.mark.parametrize("n_rows", [0, 1, SUM_BLOCK, 2 * SUM_BLOCK + 3])
-def test_sum_of_losses(kernel_device, n_rows):
-    losses = random_logits(n_rows, dtype=torch.float64, device=kernel_device).abs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_weight_sum(kernel_device, dtype):
+    weight = random_weight(3 * COUNT_BLOCK + 7, device=kernel_device).to(dtype)
+    targets = random_targets(1, 5, classes=len(weight), device=kernel_device)
+    sums = divisor_of(targets, weight, len(weight), smoothing=0.1).sums
+    assert sums[WEIGHT_SUM.value].item() == pytest.approx(float(weight.double().sum()), rel=1e-5)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def sum_kernel(
+    values_ptr, losses_ptr, loss_ptr, sums_ptr, counters_ptr, n_rows: tl.int32,
+    ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Programs as the loss has them: each stores ROWS losses."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    values = tl.load(values_ptr + rows, mask=rows < n_rows)
+    tl.store(losses_ptr + rows, values, mask=rows < n_rows)
+    reduce_losses(
+        losses_ptr, loss_ptr, sums_ptr, counters_ptr, tl.program_id(0), tl.num_programs(0), n_rows,
+        ROWS, GROUP_ROWS, SUM_BLOCK, MEAN,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_rows", [1, GROUP_ROWS - 1, GROUP_ROWS, 2 * GROUP_ROWS + 3])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+def test_sum_of_losses(kernel_device, n_rows, rows, mean):
+    values = random_logits(n_rows, dtype=torch.float64, device=kernel_device).abs()
+    workspace = Workspace(values.view(1, -1, 1), torch.float64)
+    workspace.sums[DIVISOR.value] = 32.0
+    losses = torch.empty_like(values)
     loss = torch.empty((), dtype=torch.float64, device=kernel_device)
-    launch_reduce_losses(losses, None, loss)
-    torch.testing.assert_close(loss, losses.sum())
-    partials = torch.full((PARTIALS,), 0.5, dtype=torch.float64, device=kernel_device)
-    launch_reduce_losses(losses, partials, loss)
-    torch.testing.assert_close(loss, losses.sum() / 32)
+    sum_kernel[(-(-n_rows // rows),)](
+        values, losses, loss, workspace.sums, workspace.counters, n_rows,
+        ROWS=rows, GROUP_ROWS=GROUP_ROWS, SUM_BLOCK=SUM_BLOCK, MEAN=mean,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, values.sum() / (32 if mean else 1))
