@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -79,8 +79,13 @@ def compile_for(name: str) -> None:
     launch._warp_size = lambda device: target.warp_size
 
 
-def launched(function: Callable) -> list[tuple]:
-    """The kernels that a call would launch, compiled: [(name, CompiledKernel, constants)]."""
+def launched(calls: Iterator[str]) -> list[tuple]:
+    """The kernels that `launches` would launch, compiled: [(name, CompiledKernel, constants)]."""
+    return [kernel for kernels in launched_by(calls).values() for kernel in kernels]
+
+
+def launched_by(calls: Iterator[str]) -> dict[str, list[tuple]]:
+    """The same, by the function that launches them."""
     kernels, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -88,16 +93,18 @@ def launched(function: Callable) -> list[tuple]:
         kernels.append((self.__name__, kernel, kwargs))
         return kernel
 
+    found = {}
     JITFunction.run = record
     try:
-        function()
+        for name in calls:
+            found[name], kernels = kernels, []
     finally:
         JITFunction.run = run
-    return kernels
+    return found
 
 
-def launches(case: Case, batch: tuple[int, int] | None = None) -> None:
-    """Call every function of launch.py once, as autograd.py does."""
+def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
+    """Call the functions of launch.py one after the other, as autograd.py does; yield its name."""
     batch = batch or (1, case.n_rows)
     size = batch[0] * batch[1] * case.vocab_size
     # Never read or written: not a page of it is ever touched.
@@ -109,9 +116,13 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> None:
     options = LossOptions(reduction="mean", label_smoothing=smoothing)
     gradient, one = empty_gradient(logits), torch.ones(())
     _, *stats = launch.forward(logits, targets, weight, options)
+    yield "forward"
     launch.forward_with_grad(logits, targets, weight, options, gradient)
+    yield "forward_with_grad"
     launch.backward(one, logits, targets, weight, tuple(stats), options, gradient)
+    yield "backward"
     launch.scale(gradient, one, gradient)
+    yield "scale"
 
 
 def cases(dtype: str, target: str) -> Iterator[Case]:
@@ -129,7 +140,7 @@ def reports(target: str, chosen: Iterator[Case]) -> Iterator[dict]:
     compile_for(target)
     seen = set()
     for case in chosen:
-        for name, kernel, constants in launched(lambda case=case: launches(case)):
+        for name, kernel, constants in launched(launches(case)):
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 yield dataclasses.asdict(case) | report(name, kernel, constants, case.dtype)
@@ -212,11 +223,20 @@ def binaries_by_batch(target: str) -> dict[str, int]:
     for vocab_size in (65, 50257):
         for batch in BATCHES:
             case = Case(vocab_size, "bfloat16")
-            for name, kernel, constants in launched(lambda c=case, b=batch: launches(c, b)):
+            for name, kernel, constants in launched(launches(case, batch)):
                 modes = ("GROUPED", "SKIP_ONE", "LOSS", "GRAD", "UPSTREAM")
                 meant = " ".join(map(str, (name, vocab_size, *map(constants.get, modes))))
                 found.setdefault(meant, set()).add(kernel.hash)
     return {meant: len(hashes) for meant, hashes in found.items()}
+
+
+def launch_names(target: str, chosen: Iterator[Case]) -> list[dict[str, list[str]]]:
+    """For each case the kernels that each function of launch.py launches."""
+    compile_for(target)
+    return [
+        {call: [name for name, *_ in kernels] for call, kernels in found.items()}
+        for found in (launched_by(launches(case)) for case in chosen)
+    ]
 
 
 def table(results: Iterator[dict]) -> Iterator[str]:
@@ -252,6 +272,7 @@ def main() -> None:
     parser.add_argument("--options", choices=OPTIONS, action="append", help="default: plain")
     parser.add_argument("--cases", help="JSON list of cases instead of every variant")
     parser.add_argument("--binaries", action="store_true", help="count binaries a batch size")
+    parser.add_argument("--launches", action="store_true", help="name what a call launches")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.binaries:
@@ -266,6 +287,9 @@ def main() -> None:
             for options in arguments.options or ["plain"]
             for case in cases(dtype, arguments.target)
         )
+    if arguments.launches:
+        print(json.dumps(launch_names(arguments.target, chosen)))
+        return
     results = reports(arguments.target, chosen)
     if arguments.json:
         print(json.dumps(list(results)))

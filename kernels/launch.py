@@ -21,7 +21,7 @@ from .split import MAX_SPLIT_ROWS, MAX_SPLITS, launch_split
 
 SMALL_VOCAB = 1024  # up to here a program holds whole rows, several at once
 SPLIT_VOCAB = 8192  # from here on a row is worth several programs, if there are few rows
-FULL_GPU = 256  # programs that a large GPU runs at once at the least, two on each multiprocessor
+FULL_GPU = 1024  # programs of 128 threads that keep a large GPU's memory busy
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,20 @@ def small_config(vocab_size: int, warp_size: int = 32) -> SmallConfig:
     return SmallConfig(block_rows=block_rows, block_v=block_v, num_warps=num_warps)
 
 
+def split_config(element_size: int, warp_size: int = 32, class_sums: bool = False) -> StreamConfig:
+    """For few rows: small programs, of which there are more."""
+    return stream_config(SMALL_VOCAB, element_size, warp_size, class_sums)
+
+
 def row_splits(n_rows: int, vocab_size: int, element_size: int) -> int:
     """How many programs share a row of the forward: 1, but for few and long rows.
 
     Each gets a whole step at least. The number depends on sizes alone, not on the GPU, so that a
     loss is the same on all of them.
     """
-    if not 0 < n_rows <= min(MAX_SPLIT_ROWS, FULL_GPU // 2) or vocab_size < SPLIT_VOCAB:
+    if not 0 < n_rows <= MAX_SPLIT_ROWS or vocab_size < SPLIT_VOCAB:
         return 1
-    config = stream_config(vocab_size, element_size)
+    config = split_config(element_size)
     steps = vocab_size // (config.block_v * config.unroll)
     return max(1, min(FULL_GPU // n_rows, steps, MAX_SPLITS))
 
@@ -146,14 +151,12 @@ def _choices(n_rows, vocab_size, element_size, warp_size):
     if vocab_size <= SMALL_VOCAB:
         return [("small", small_config(vocab_size, warp_size))]
     stream = stream_config(vocab_size, element_size, warp_size)
-    splits = row_splits(n_rows, vocab_size, element_size)
-    both = [] if splits > 1 else [held_config(vocab_size, element_size, warp_size)]
-    return [
-        ("forward" if splits == 1 else "split", stream),
-        *(("forward_with_grad", config) for config in both),
-        ("backward", stream),
-        ("scale", stream),
-    ]
+    if row_splits(n_rows, vocab_size, element_size) > 1:
+        few = split_config(element_size, warp_size)
+        return [("split", few), ("backward", few), ("scale", stream)]
+    held = held_config(vocab_size, element_size, warp_size)
+    rows = [("forward", stream), ("forward_with_grad", held), ("backward", stream)]
+    return [*rows, ("scale", stream)]
 
 
 def forward(
@@ -162,7 +165,7 @@ def forward(
     """(loss () or (n_rows,), sums, row_max, row_sum); the last three are for `backward`."""
     with _on_device(logits):
         dtype, weight = _compute_dtype(logits), _contiguous(weight)
-        splits = row_splits(logits.shape[:2].numel(), logits.shape[2], logits.element_size())
+        splits = _splits(logits)
         workspace = _prepare(logits, targets, weight, options, dtype, splits)
         losses, loss = _outputs(logits, options, dtype)
         row_max, row_sum = None, None
@@ -193,7 +196,7 @@ def forward_with_grad(
     """The loss; fills grad_logits (laid out as the logits, or they) for an upstream of 1."""
     with _on_device(logits):
         dtype, weight = _compute_dtype(logits), _contiguous(weight)
-        splits = row_splits(logits.shape[:2].numel(), logits.shape[2], logits.element_size())
+        splits = _splits(logits)
         workspace = _prepare(logits, targets, weight, options, dtype, splits)
         losses, loss = _outputs(logits, options, dtype)
         if _is_empty(logits):
@@ -210,7 +213,7 @@ def forward_with_grad(
             _forward_rows(source, targets, weight, workspace, losses, loss, stats, options, splits)
             launch_backward(
                 None, source, targets, weight, workspace.sums, *stats,
-                out, options, _stream_config(logits),
+                out, options, _stream_config(logits, splits),
             )  # fmt: skip
             _copy_back(out, grad_logits)
         else:
@@ -248,7 +251,7 @@ def backward(
         source, out = _dense_pair(logits, grad_logits)
         launch_backward(
             grad_losses, source, targets, weight, sums, row_max, row_sum, out, options,
-            _stream_config(logits),
+            _stream_config(logits, _splits(logits)),
         )  # fmt: skip
         _copy_back(out, grad_logits)
 
@@ -279,9 +282,15 @@ def _is_small(logits: torch.Tensor) -> bool:
     return logits.shape[2] <= SMALL_VOCAB
 
 
-def _stream_config(logits: torch.Tensor, class_sums: bool = False) -> StreamConfig:
-    warp_size = _warp_size(logits.device)
-    return stream_config(logits.shape[2], logits.element_size(), warp_size, class_sums)
+def _splits(logits: torch.Tensor) -> int:
+    return row_splits(logits.shape[:2].numel(), logits.shape[2], logits.element_size())
+
+
+def _stream_config(logits: torch.Tensor, splits: int = 1, class_sums: bool = False) -> StreamConfig:
+    element_size, warp_size = logits.element_size(), _warp_size(logits.device)
+    if splits > 1:
+        return split_config(element_size, warp_size, class_sums)
+    return stream_config(logits.shape[2], element_size, warp_size, class_sums)
 
 
 def _warp_size(device: torch.device) -> int:
@@ -336,7 +345,7 @@ def _prepare(logits, targets, weight, options, dtype, splits):
 def _forward_rows(logits, targets, weight, workspace, losses, loss, stats, options, splits):
     """The losses of dense rows, one program or several a row."""
     class_sums = weight is not None and options.label_smoothing > 0.0
-    config = _stream_config(logits, class_sums)
+    config = _stream_config(logits, splits, class_sums)
     if splits > 1:
         launch_split(
             logits, targets, weight, workspace, losses, loss, stats, options, config, splits

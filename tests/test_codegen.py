@@ -5,7 +5,6 @@ of a mask or of a stride's type can lose all three without a wrong number anywhe
 """
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -60,7 +59,6 @@ def compiled(target, cases):
     )
 
 
-@functools.cache
 def machine_code():
     """Every variant of the two dtypes that training uses, and the other cases, for sm_90."""
     variants = run("--json", "--dtype", "bfloat16", "--dtype", "float32")
@@ -170,24 +168,21 @@ CHECKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_machine_code_for_sm_90(check):
-    """Every variant, all failures at once: compiling takes the time."""
-    failures = []
-    for report in machine_code():
-        try:
-            check(report)
-        except AssertionError as error:
-            case = f"{report['kernel']} {report['dtype']} {report['vocab_size']}"
-            failures.append(f"{case} {report['options']}: {error}")
-    assert not failures, "\n".join(failures)
-
-
-def test_every_kernel_is_seen():
-    kernels = {report["kernel"] for report in machine_code()}
-    assert kernels == {*STREAM, SMALL, COUNT}
-    small = [r for r in machine_code() if r["kernel"] == SMALL and r["options"] == "plain"]
+def test_machine_code_for_sm_90():
+    """Every check on every variant, all failures at once: compiling takes the time."""
+    reports = machine_code()
+    assert {report["kernel"] for report in reports} == {*STREAM, SMALL, COUNT}
+    small = [r for r in reports if r["kernel"] == SMALL and r["options"] == "plain"]
     assert {is_backward(report) for report in small} == {True, False}
+    failures = []
+    for report in reports:
+        for check in CHECKS:
+            try:
+                check(report)
+            except AssertionError as error:
+                case = f"{report['kernel']} {report['dtype']} {report['vocab_size']}"
+                failures.append(f"{case} {report['options']}, {check.__name__}: {error}")
+    assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("target", [name for name in codegen.TARGETS if name != "sm_90"])
@@ -205,6 +200,21 @@ def test_batch_sizes_compile_nothing_new():
     binaries = run("--binaries")
     assert len(binaries) > 8
     assert all(count == 1 for count in binaries.values()), binaries
+
+
+@pytest.mark.parametrize("vocab_size, n_rows", [(65, 200), (50257, 200), (50257, 2)])
+@pytest.mark.parametrize("options", codegen.OPTIONS)
+def test_a_mean_is_two_launches_and_its_backward_one(vocab_size, n_rows, options):
+    case = Case(vocab_size, "bfloat16", options, n_rows)
+    (names,) = run("--launches", "--cases", json.dumps([dataclasses.asdict(case)]))
+    small, split = vocab_size == 65, n_rows == 2
+    # split rows count their targets themselves; the sum of class weights must come before
+    first = [COUNT] if not split or options == "weight, smoothing" else []
+    assert names["forward"] == [*first, SPLIT if split else SMALL if small else FORWARD]
+    with_grad = [SPLIT, BACKWARD] if split else [SMALL if small else FUSED]
+    assert names["forward_with_grad"] == [*first, *with_grad]
+    assert names["backward"] == [SMALL if small else BACKWARD]
+    assert names["scale"] == ["scale_kernel"]
 
 
 def test_report_names_what_it_counts():

@@ -6,7 +6,17 @@ from oracle import exact, inside, random_logits, random_targets, random_weight, 
 
 pytest.importorskip("triton")
 from fused_ce.kernels import launch  # noqa: E402
-from fused_ce.kernels.launch import SMALL_VOCAB, small_config, stream_config  # noqa: E402
+from fused_ce.kernels.launch import (  # noqa: E402
+    SMALL_VOCAB,
+    StreamConfig,
+    held_config,
+    row_splits,
+    small_config,
+    split_config,
+    stream_config,
+    variants,
+)
+from fused_ce.kernels.split import MAX_SPLITS  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
 from fused_ce.rows import empty_gradient  # noqa: E402
 
@@ -32,8 +42,49 @@ class TestPolicy:
             assert 64 <= threads <= 1024
             # one 16-byte vector a thread and tile: no thread idle, none with two
             assert config.block_v * element_size == 16 * threads
-            assert config.unroll >= 1
+            assert config.unroll >= 1 and config.held == 0
             assert config.block_v * config.unroll * element_size <= 64 * threads
+
+    @pytest.mark.parametrize("warp_size", WARPS)
+    @pytest.mark.parametrize("element_size", [2, 4, 8])
+    def test_held(self, warp_size, element_size):
+        for vocab_size in (v for v in VOCABS if v > SMALL_VOCAB):
+            config = held_config(vocab_size, element_size, warp_size)
+            threads = config.num_warps * warp_size
+            assert is_power_of_two(threads) and 128 <= threads <= 1024
+            assert config.block_v * element_size == 16 * threads
+            assert 1 <= config.unroll <= config.held
+            assert config.held * 16 // 4 * threads <= 65536 // 2  # half of the registers
+            capacity = config.held * config.block_v
+            # all of the row, in no more than twice the registers that it needs, or all there are
+            if vocab_size <= capacity:
+                assert capacity < 2 * vocab_size or (threads == 128 and config.held <= 2)
+            else:
+                assert threads == (256 if element_size == 8 else 1024)
+
+    @pytest.mark.parametrize("element_size", [2, 4, 8])
+    def test_splits(self, element_size):
+        for vocab_size in VOCABS:
+            for n_rows in (0, 1, 2, 3, 16, 63, 64, 65, 128, 129, 5000):
+                splits = row_splits(n_rows, vocab_size, element_size)
+                assert 1 <= splits <= MAX_SPLITS
+                if splits > 1:
+                    config = split_config(element_size)
+                    assert vocab_size // splits >= config.block_v * config.unroll  # a step each
+                    assert n_rows * splits <= 1024
+        assert row_splits(1, 256_000, element_size) >= 62
+        assert row_splits(64, 256_000, element_size) == 16
+        assert row_splits(8192, 256_000, element_size) == 1
+
+    @pytest.mark.parametrize("warp_size", WARPS)
+    @pytest.mark.parametrize("element_size", [2, 4, 8])
+    def test_variants_are_all_that_can_be_chosen(self, warp_size, element_size):
+        named = {(v.kernel, v.config) for v in variants(element_size, warp_size)}
+        chosen = set()
+        for vocab_size in VOCABS:
+            for n_rows in (1, 2, 64, 128, 129):
+                chosen.update(launch._choices(n_rows, vocab_size, element_size, warp_size))
+        assert named == chosen
 
     @pytest.mark.parametrize("element_size", [2, 4, 8])
     def test_longer_rows_never_get_fewer_threads(self, element_size):
@@ -146,6 +197,70 @@ class TestGuardBands:
         launch.backward(upstream, logits, targets, weight, tuple(stats), options, out)
         self.check(values, logits, storage, out, out_storage, fill, inplace)
         self.near(loss, out, self.right(values, targets, weight, options, upstream), dtype)
+
+
+@pytest.mark.parametrize("held, unroll", [(1, 1), (2, 2), (4, 2), (8, 4)])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("vocab_size", [1100, 13000])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_held_and_streamed_tiles(
+    kernel_device, monkeypatch, held, unroll, dtype, vocab_size, inplace
+):
+    """Rows that fit in the held tiles, and rows that do not, which the policy would not split so
+    small: all of them held, some, or nearly none."""
+    block_v = 128 * 16 // dtype.itemsize
+    config = StreamConfig(block_v, unroll, 4, held)
+    monkeypatch.setattr(launch, "held_config", lambda *_: config)
+    monkeypatch.setattr(launch, "row_splits", lambda *_: 1)
+    values = random_logits(3, vocab_size, dtype=dtype, device=kernel_device)
+    logits, _ = inside(values[None], torch.nan, strides=(0, vocab_size + 9, 1), offset=5)
+    out = logits if inplace else empty_gradient(logits)
+    targets = random_targets(1, 3, classes=vocab_size, device=kernel_device)
+    targets[0, 1] = -100
+    weight = random_weight(vocab_size, device=kernel_device)
+    options = LossOptions(label_smoothing=0.1)
+    loss = launch.forward_with_grad(logits, targets, weight, options, out)
+    right_loss, right = exact(
+        values.cpu(), targets[0].cpu(), weight.cpu(), upstream=torch.ones(()), label_smoothing=0.1
+    )
+    eps = torch.finfo(dtype).eps
+    assert worst(loss, right_loss) <= max(8e-7, eps) * abs(right_loss)
+    assert worst(out[0], right) <= 4 * eps * abs(right).max()
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smoothing):
+    """More programs a row than it has steps, too: some find nothing to do."""
+    monkeypatch.setattr(launch, "row_splits", lambda *_: splits)
+    values = random_logits(3, 5003, dtype=torch.bfloat16, device=kernel_device)
+    values[0, :4000] = -torch.inf  # the first programs of this row find no finite logit
+    values[2] = -torch.finfo(torch.bfloat16).max
+    logits, targets = values[None], random_targets(1, 3, classes=5003, device=kernel_device)
+    targets[0, 1] = -100
+    targets[0, 0] = 4500
+    weight = random_weight(5003, device=kernel_device) if weighted else None
+    if smoothing:
+        values[0, :4000] = -50.0
+        values[2] = -300.0
+    options = LossOptions(reduction=reduction, label_smoothing=smoothing)
+    loss, *stats = launch.forward(logits, targets, weight, options)
+    out, other = logits.clone(), logits.clone()
+    again = launch.forward_with_grad(logits, targets, weight, options, out)
+    assert torch.equal(loss, again)
+    right_loss, right = exact(
+        values.cpu(), targets[0].cpu(), None if weight is None else weight.cpu(),
+        upstream=torch.ones_like(loss).cpu(), reduction=reduction, label_smoothing=smoothing,
+    )  # fmt: skip
+    assert worst(loss, right_loss) <= 2e-6 * abs(right_loss).max()
+    assert worst(out[0], right) <= 4 * torch.finfo(torch.bfloat16).eps * abs(right).max()
+    upstream = torch.ones_like(loss)
+    launch.backward(upstream, logits, targets, weight, tuple(stats), options, other)
+    assert torch.equal(out, other)
 
 
 @pytest.mark.parametrize("vocab_size", [65, 1100])
