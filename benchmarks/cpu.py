@@ -15,6 +15,7 @@ import torch
 from benchmarks import tables
 from benchmarks.cases import CPU_CASES, TINY_CASES
 from benchmarks.providers import PROVIDERS
+from benchmarks.quiet import Patience
 from benchmarks.records import Store, machine
 from benchmarks.runner import missing_records, run_case
 
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table and keep the records."""
     parser = argparse.ArgumentParser(prog="benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row, at least")
+    patience_help = "seconds in all to wait for other processes and to time again"
+    parser.add_argument("--patience", type=float, default=60.0, help=patience_help)
     parser.add_argument("--out", type=Path, default=Path("runs/cpu"), help="folder of results.json")
     parser.add_argument("--tiny", action="store_true", help="only try it, on tiny logits")
     options = parser.parse_args(arguments)
@@ -31,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     store.add(*missing_records(device, about))
     peers = [name for name in tables.PEERS if not PROVIDERS[name].missing(device)]
     print(f"{about['gpu']}, torch {about['torch']}; mean loss\n\n{tables.header(peers)}")
+    patience = Patience(options.patience)
     for case in TINY_CASES if options.tiny else CPU_CASES:
-        records = run_case(case, device, options.seconds, about)
+        records = run_case(case, device, options.seconds, about, patience)
         store.add(*records)
         for measured in tables.by_case(records):
             print(tables.row(measured, peers), flush=True)

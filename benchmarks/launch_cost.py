@@ -74,8 +74,11 @@ def captured(call: Callable) -> Callable:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
-    graph.results = results  # the memory that it writes must stay its own
-    return graph.replay
+
+    def replay(written=results):  # holds what the graph writes to: the memory must stay its own
+        graph.replay()
+
+    return replay
 
 
 def _eager(loss_fn: Callable, provider: Provider, inputs: Inputs) -> Callable:

@@ -11,6 +11,7 @@ from benchmarks.cases import DTYPES, Case
 from benchmarks.inputs import Inputs
 from benchmarks.measure import Work
 from benchmarks.providers import Provider, missing, offering
+from benchmarks.quiet import DISTURBED, Patience
 from benchmarks.records import Record
 
 CLONE, READ = "clone", "read"  # the machine's own speed, as two more providers
@@ -40,13 +41,13 @@ def run_case(
     device: torch.device,
     seconds: float,
     about: dict[str, str],
-    count: int | None = None,
+    patience: Patience | None = None,
 ) -> list[Record]:
     """A record for every provider that has a form of this case, and for `clone`.
 
     One that raises or computes something else is named in the record's note, and not timed.
     """
-    inputs = Inputs(case, device, count)
+    inputs = Inputs(case, device)
     exact = Exact.of(case, inputs.pristine[0], inputs.targets[0])
     works, notes, errors, peaks = {}, {}, {}, {}
     for name, provider in offering(case, device).items():
@@ -59,9 +60,7 @@ def run_case(
             works.pop(name, None)
             notes[name] = note_of(error, device)
     works |= _ceilings(case, inputs)
-    for name, error in measure.interleave(works, device, seconds).items():
-        del works[name]
-        notes[name] = note_of(error, device)
+    disturbed = _time(works, device, seconds, notes, patience or Patience(0.0))
 
     clone_speed = None
     if CLONE in works:  # reads the logits once, writes the copy once
@@ -78,6 +77,7 @@ def run_case(
                 "fraction_of_clone": speed / clone_speed if clone_speed else None,
                 "peak_bytes": peaks.get(name),
                 "error": errors.get(name),
+                "note": disturbed,
             }
             records.append(record_of(case, name, about, **result))
         elif name in notes:
@@ -85,6 +85,23 @@ def run_case(
     del inputs, exact, works
     measure.give_back_memory(device)
     return records
+
+
+def _time(works, device, seconds, notes, patience) -> str | None:
+    """Fill the works with times; those that raise move to the notes. A note if it was disturbed."""
+
+    def once():
+        for work in works.values():
+            work.milliseconds.clear()
+        for name, error in measure.interleave(works, device, seconds).items():
+            del works[name]
+            notes[name] = note_of(error, device)
+
+    if device.type != "cpu":
+        once()
+        return None
+    share = patience.undisturbed(once)
+    return f"other processes used {share:.0%} of the CPU" if share > DISTURBED else None
 
 
 def check(loss_fn: Callable, provider: Provider, inputs: Inputs, exact: Exact) -> float:
@@ -119,12 +136,14 @@ def note_of(error: Exception, device: torch.device) -> str:
     """The error in a line; raises DeviceLost if the GPU did not survive it."""
     text = str(error) if isinstance(error, WrongResult) else measure.in_a_line(error)
     measure.named(error)
-    try:
-        measure.synchronize(device)
-        measure.give_back_memory(device)
-    except RuntimeError:
-        raise DeviceLost(text) from None
-    return text
+    for attempt in range(2):  # the first may still report the error, of a failed capture say
+        try:
+            measure.synchronize(device)
+            measure.give_back_memory(device)
+            return text
+        except RuntimeError:
+            if attempt:
+                raise DeviceLost(text) from None
 
 
 def _ceilings(case: Case, inputs: Inputs) -> dict[str, Work]:

@@ -74,7 +74,8 @@ def notes(records: Iterable[Record]) -> list[str]:
     """Who is missing, and what failed where."""
     lines = []
     for record in records:
-        if record.ms_median is None and record.note:
+        disturbed = record.provider == OURS and record.n_rows and record.gb_per_s
+        if record.note and (record.ms_median is None or disturbed):
             where = "" if record.n_rows is None else (
                 f" ({record.case}, {record.n_rows:,} × {record.vocab_size:,} {record.dtype})"
             )  # fmt: skip

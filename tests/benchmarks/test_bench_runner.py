@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure, runner
+from benchmarks import measure, quiet, runner
 from benchmarks.cases import TINY_CASES, Case
 from benchmarks.providers import GRADIENT, OURS, PROVIDERS, Provider
 from benchmarks.runner import missing_records, run_case
@@ -150,3 +150,35 @@ def test_peak_is_the_most_at_once_beyond_the_arguments(cpu):
 def test_memory_profiler_is_silent(cpu, capfd):
     measure.peak_bytes(measure.Work(tuple, lambda: torch.ones(10)), cpu)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def neighbours(monkeypatch):
+    """A machine of 100 ticks a look, of which others take those given, one after the other."""
+
+    def set_busy(*busy_ticks):
+        ticks, total, busy = list(busy_ticks), [0], [0]
+
+        def jiffies():
+            total[0] += 50  # begin and end of a look are two calls
+            busy[0] += ticks.pop(0) if total[0] % 100 == 0 else 0
+            return total[0], busy[0]
+
+        monkeypatch.setattr(quiet, "_jiffies", jiffies)
+        monkeypatch.setattr(quiet.time, "process_time", lambda: 0.0)
+        monkeypatch.setattr(quiet.time, "sleep", lambda seconds: None)
+
+    return set_busy
+
+
+def test_what_others_disturb_is_timed_again_when_they_are_gone(neighbours):
+    neighbours(40, 30, 0, 2)  # disturbed; still there, gone; then quiet
+    calls = []
+    share = quiet.Patience(100.0).undisturbed(lambda: calls.append(1))
+    assert len(calls) == 2 and share == pytest.approx(0.04)
+
+
+def test_without_patience_a_disturbed_case_says_so(neighbours, monkeypatch, cpu, about):
+    neighbours(40)
+    ours = measured(monkeypatch, cpu, about)[OURS]
+    assert ours.note == "other processes used 80% of the CPU" and ours.ms_median > 0
