@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import tables
 from benchmarks.providers import OURS
@@ -67,12 +67,13 @@ def _figure(panels, paint, unit, first):
     for axis, (dtype, cases) in zip(axes[0], panels.items(), strict=True):
         paint(axis, cases)
         axis.set_title(dtype, loc="left", fontsize=11)
-        axis.set_ylim(bottom=0)
+        axis.set_xlabel("vocabulary")
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=0)
         axis.tick_params(length=0)
         handles |= {h.get_label(): h for h in axis.get_legend_handles_labels()[0]}
         handles |= {label: h for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0][0].set_ylabel(unit)
-    figure.supxlabel("vocabulary", fontsize=10)
     figure.suptitle(
         f"Loss and gradient on {first.gpu}, torch {first.torch}", fontsize=11, x=0.01, ha="left"
     )
@@ -84,19 +85,21 @@ def _bandwidth(axis, cases):
     """Lines over the vocabulary; the bytes are those that the case has to move at least."""
     for name in NAMES:
         points = [
-            (case[OURS].vocab_size, case[name].gb_per_s)
-            for case in cases
+            (index, case[name].gb_per_s)
+            for index, case in enumerate(cases)
             if name in case and case[name].gb_per_s
         ]
         if not points:
             continue
         form = {"linestyle": "--", "linewidth": 1.4} if name == CLONE else {"marker": "o"}
         axis.plot(*zip(*points, strict=True), label=NAMES[name], color=COLOURS[name], **form)
-    axis.set_xscale("log")
-    ticks = [case[OURS].vocab_size for case in cases]
-    axis.set_xticks([v for i, v in enumerate(ticks) if i == 0 or v > 1.3 * ticks[i - 1]])
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _thousands(v)))
+    speeds = [record.gb_per_s for case in cases for record in case.values() if record.gb_per_s]
+    if max(speeds) > 8 * min(speeds):  # small logits that stay in a cache would flatten the rest
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: f"{speed:,g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+    _vocabularies(axis, cases)
 
 
 def _memory(axis, cases):
@@ -117,7 +120,12 @@ def _bars(axis, cases, names, value_of):
         bars = axis.bar(at, values, 0.92 * width, label=NAMES[name], color=COLOURS[name])
         labels = [f"{value:.1f}" if value else "" for value in values]
         axis.bar_label(bars, labels, fontsize=7, padding=1.5)
-    axis.set_xticks(range(len(cases)), [_thousands(case[OURS].vocab_size) for case in cases])
+    _vocabularies(axis, cases)
+
+
+def _vocabularies(axis, cases):
+    labels = [_thousands(case[OURS].vocab_size) for case in cases]
+    axis.set_xticks(range(len(cases)), labels)
 
 
 def _thousands(value: float) -> str:
