@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= runs/gpu
 INSTALLED := $(VENV)/.installed
 
 .PHONY: train test gpu lint format bench wheel clean
@@ -13,9 +14,9 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
-# On a machine with a GPU: the same tests on the real kernels.
-gpu: $(INSTALLED)
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
+# On a machine with a GPU, with the torch and Triton that it has: tests, times, memory, training.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,8 +37,8 @@ wheel: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,bench,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.cpu` from the root of a checkout."""
+"""Benchmarks: `python -m benchmarks.cpu`, `.gpu` and `.report`; `pytest benchmarks`."""

@@ -1,0 +1,110 @@
+"""Who is compared: every provider of the loss, and how its documentation says to call it."""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import Case
+from fused_ce import fused_cross_entropy
+
+OURS, EAGER, COMPILED = "fused_ce", "torch", "torch.compile"
+GRADIENT = ("forward_backward", "separate_backward")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A loss to call as f(logits, targets), the mean over the targets that are not -100."""
+
+    make: Callable[[Case], Callable]
+    kinds: tuple[str, ...]  # those of cases.KINDS that it has a form of
+    package: str | None = None  # what has to be installed
+    needs_gpu: bool = False
+    overwrites: Callable[[Case], bool] = lambda case: False  # the logits: it needs them fresh
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.needs_gpu and device.type == "cpu":
+            return f"{self.package} needs a GPU"
+        return None
+
+
+def _ours(case: Case) -> Callable:
+    return functools.partial(
+        fused_cross_entropy,
+        inplace=case.kind == "in_place",
+        grad_in_forward=case.kind != "separate_backward",
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_for(shape: Case) -> Callable:
+    # One shape, one compilation: dynamic shapes, to which torch goes over at the second one it
+    # sees, would hurt it.
+    torch.compiler.reset()
+    return torch.compile(F.cross_entropy, dynamic=False)
+
+
+def _liger(case: Case) -> Callable:
+    return importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+
+
+def _quack(case: Case) -> Callable:
+    quack = importlib.import_module("quack")
+    return functools.partial(quack.cross_entropy, inplace_backward=case.kind == "in_place")
+
+
+def _cut_cross_entropy(case: Case) -> Callable:
+    return importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+
+PROVIDERS = {
+    OURS: Provider(
+        _ours,
+        kinds=("forward", *GRADIENT, "in_place"),
+        overwrites=lambda case: case.kind == "in_place",
+    ),
+    EAGER: Provider(lambda case: F.cross_entropy, kinds=("forward", *GRADIENT)),
+    COMPILED: Provider(lambda case: _compiled_for(case.shape), kinds=("forward", *GRADIENT)),
+    # Liger has one form: its forward always writes the gradient over the logits, also where they
+    # need none.
+    "liger": Provider(
+        _liger,
+        kinds=("forward", *GRADIENT, "in_place"),
+        package="liger_kernel",
+        needs_gpu=True,
+        overwrites=lambda case: True,
+    ),
+    "quack": Provider(
+        _quack,
+        kinds=("forward", *GRADIENT, "in_place"),
+        package="quack",
+        needs_gpu=True,
+        overwrites=lambda case: case.kind == "in_place",
+    ),
+    # takes the hidden states and the weight of the last linear map, not logits
+    "cut_cross_entropy": Provider(
+        _cut_cross_entropy, kinds=("linear",), package="cut_cross_entropy", needs_gpu=True
+    ),
+}
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    """The providers that cannot run here, each with the reason."""
+    reasons = {name: provider.missing(device) for name, provider in PROVIDERS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def offering(case: Case, device: torch.device) -> dict[str, Provider]:
+    """The providers that can run a case here."""
+    return {
+        name: provider
+        for name, provider in PROVIDERS.items()
+        if case.kind in provider.kinds and not provider.missing(device)
+    }

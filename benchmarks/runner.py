@@ -1,0 +1,156 @@
+"""One case: every provider is checked, measured for memory, and timed beside `clone`."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks import measure
+from benchmarks.accuracy import Exact, WrongResult
+from benchmarks.cases import DTYPES, Case
+from benchmarks.inputs import Inputs
+from benchmarks.measure import Work
+from benchmarks.providers import Provider, missing, offering
+from benchmarks.quiet import DISTURBED, Patience
+from benchmarks.records import Record
+
+CLONE, READ = "clone", "read"  # the machine's own speed, as two more providers
+
+
+class DeviceLost(Exception):
+    """After an illegal access nothing runs on the GPU any more in this process."""
+
+
+def step(
+    loss_fn: Callable, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One training step's use of a loss: loss and gradient, which is not accumulated into .grad."""
+    loss = loss_fn(logits, targets)
+    if not logits.requires_grad:
+        return loss, None
+    return loss, torch.autograd.grad(loss, logits)[0]
+
+
+def work_of(loss_fn: Callable, provider: Provider, inputs: Inputs) -> Work:
+    """A provider's step on the inputs in turn."""
+    return Work(partial(inputs.take, provider), partial(step, loss_fn))
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    about: dict[str, str],
+    patience: Patience | None = None,
+) -> list[Record]:
+    """A record for every provider that has a form of this case, and for `clone`.
+
+    One that raises or computes something else is named in the record's note, and not timed.
+    """
+    inputs = Inputs(case, device)
+    exact = Exact.of(case, inputs.pristine[0], inputs.targets[0])
+    works, notes, errors, peaks = {}, {}, {}, {}
+    for name, provider in offering(case, device).items():
+        try:
+            loss_fn = provider.make(case)
+            errors[name] = check(loss_fn, provider, inputs, exact)
+            works[name] = work_of(loss_fn, provider, inputs)
+            peaks[name] = measure.peak_bytes(works[name], device)
+        except Exception as error:
+            works.pop(name, None)
+            notes[name] = note_of(error, device)
+    works |= _ceilings(case, inputs)
+    disturbed = _time(works, device, seconds, notes, patience or Patience(0.0))
+
+    clone_speed = None
+    if CLONE in works:  # reads the logits once, writes the copy once
+        clone_speed = 2 * case.logits_bytes / works[CLONE].median
+    records = []
+    for name in [*offering(case, device), CLONE, READ]:
+        if name in works:
+            n_bytes = {CLONE: 2 * case.logits_bytes, READ: case.logits_bytes}.get(name)
+            speed = (n_bytes or case.bytes_moved) / works[name].median
+            result = {
+                "ms_median": works[name].median,
+                "ms_spread": works[name].spread,
+                "gb_per_s": speed / 1e6,
+                "fraction_of_clone": speed / clone_speed if clone_speed else None,
+                "peak_bytes": peaks.get(name),
+                "error": errors.get(name),
+                "note": disturbed,
+            }
+            records.append(record_of(case, name, about, **result))
+        elif name in notes:
+            records.append(record_of(case, name, about, note=notes[name], error=errors.get(name)))
+    del inputs, exact, works
+    measure.give_back_memory(device)
+    return records
+
+
+def _time(works, device, seconds, notes, patience) -> str | None:
+    """Fill the works with times; those that raise move to the notes. A note if it was disturbed."""
+
+    def once():
+        for work in works.values():
+            work.milliseconds.clear()
+        for name, error in measure.interleave(works, device, seconds).items():
+            del works[name]
+            notes[name] = note_of(error, device)
+
+    if device.type != "cpu":
+        once()
+        return None
+    share = patience.undisturbed(once)
+    return f"other processes used {share:.0%} of the CPU" if share > DISTURBED else None
+
+
+def check(loss_fn: Callable, provider: Provider, inputs: Inputs, exact: Exact) -> float:
+    """The error of a provider on the first input; raises WrongResult."""
+    inputs.rewind()
+    return exact.check(*step(loss_fn, *inputs.take(provider)))
+
+
+def record_of(case: Case, provider: str, about: dict[str, str], **result) -> Record:
+    """The record of a case."""
+    return Record(
+        **about,
+        case=case.name,
+        n_rows=case.n_rows,
+        vocab_size=case.vocab_size,
+        dtype=case.dtype,
+        provider=provider,
+        **result,
+    )
+
+
+def missing_records(device: torch.device, about: dict[str, str]) -> list[Record]:
+    """One for each provider that cannot run here, with the reason."""
+    return [
+        Record(**about, case="all", n_rows=None, vocab_size=None, dtype=None, provider=name,
+               note=f"missing: {reason}")
+        for name, reason in missing(device).items()
+    ]  # fmt: skip
+
+
+def note_of(error: Exception, device: torch.device) -> str:
+    """The error in a line; raises DeviceLost if the GPU did not survive it."""
+    text = str(error) if isinstance(error, WrongResult) else measure.in_a_line(error)
+    measure.named(error)
+    for attempt in range(2):  # the first may still report the error, of a failed capture say
+        try:
+            measure.synchronize(device)
+            measure.give_back_memory(device)
+            return text
+        except RuntimeError:
+            if attempt:
+                raise DeviceLost(text) from None
+
+
+def _ceilings(case: Case, inputs: Inputs) -> dict[str, Work]:
+    """`clone` of the logits and, beside forward, a reduction that only reads them."""
+    some = Provider(lambda case: None, kinds=())  # overwrites nothing
+    works = {CLONE: Work(partial(inputs.take, some), lambda logits, _: logits.detach().clone())}
+    if case.kind == "forward":
+        dtype = DTYPES["float32"]
+        works[READ] = Work(partial(inputs.take, some), lambda x, _: torch.sum(x, dtype=dtype))
+    return works

@@ -1,0 +1,126 @@
+"""A run of the suite on one machine: its device, its files, its clock."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from benchmarks.measure import give_back_memory, in_a_line
+from benchmarks.records import Record, Store, machine
+from benchmarks.runner import DeviceLost
+
+FILES = ("results.json", "log.txt", "sweep.json", "tests.log", "tests.xml", "sanitize.log")
+
+
+LAST_ITEM = 0.97  # of the time: what then still runs is brought to its end
+
+
+class Item(Protocol):
+    """What a part measures at a time."""
+
+    label: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Things to measure one after the other, until its share of the time is used up."""
+
+    items: Callable[["Session"], Sequence[Item]]
+    run: Callable[["Session", Any], None]
+    minutes: float  # what it wants of nine; what another part leaves over is shared out
+    on_request: bool = False  # only where --only names it
+
+
+@dataclass
+class Session:
+    """What every part needs."""
+
+    device: torch.device
+    quick: bool = False
+    out: Path | None = None
+    store: Store | None = None
+    log: TextIO | None = None
+    about: dict[str, str] = field(default_factory=dict)
+    deadline: float = float("inf")  # of the running part, by time.monotonic
+    left_out: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, device: torch.device, out: Path, quick: bool) -> "Session":
+        """Make the folder with its results.json and log.txt."""
+        out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:  # of an earlier run
+            (out / name).unlink(missing_ok=True)
+        store, log = Store(out / "results.json"), open(out / "log.txt", "w")
+        return cls(device, quick, out, store, log, machine(device))
+
+    @property
+    def seconds(self) -> float:
+        """How long to time the providers of a case."""
+        return 0.05 if self.device.type == "cpu" else 0.15 if self.quick else 0.5
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the running part."""
+        return self.deadline - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line, and keep it in the log."""
+        print(text, flush=True)
+        if self.log:
+            print(text, file=self.log, flush=True)
+
+    def add(self, *records: Record) -> None:
+        """Keep records, and say them."""
+        self.store.add(*records)
+        for record in records:
+            self.say("  " + line(record))
+
+
+def line(record: Record) -> str:
+    """A record for reading while it runs."""
+    if record.ms_median is None:
+        return f"{record.provider:18} {record.note}"
+    text = f"{record.provider:18} {record.ms_median:9.4f} ms ±{record.ms_spread or 0:.4f}"
+    if record.gb_per_s is not None:
+        text += f"  {record.gb_per_s:7.1f} GB/s"
+    if record.fraction_of_clone is not None:
+        text += f"  {record.fraction_of_clone:6.1%} of clone"
+    if record.peak_bytes is not None:
+        text += f"  {record.peak_bytes / 2**20:9.1f} MiB"
+    if record.error is not None:
+        text += f"  error {record.error:.1e}"
+    return text + (f"  {record.note}" if record.note else "")
+
+
+def run_parts(session: Session, parts: dict[str, Part], minutes: float) -> None:
+    """Every part in its order; what time did not allow ends up in `left_out`.
+
+    Raises:
+        DeviceLost: the GPU does not answer any more; the results until then are kept.
+    """
+    end = time.monotonic() + 60 * minutes * LAST_ITEM
+    waiting = dict(parts)
+    while waiting:
+        wanted = sum(part.minutes for part in waiting.values())
+        name = next(iter(waiting))
+        part = waiting.pop(name)
+        now = time.monotonic()
+        session.deadline = now + max(0.0, end - now) * part.minutes / wanted
+        session.say(f"== {name}: {max(0.0, session.seconds_left):.0f} s")
+        for item in part.items(session):
+            if session.seconds_left <= 0:
+                session.left_out.append(f"{name}: {item.label}")
+                continue
+            session.say(f"{item.label}")
+            try:
+                part.run(session, item)
+            except DeviceLost:
+                session.left_out.append(f"{name}: {item.label}, and all that was to follow")
+                raise
+            except Exception as error:
+                session.say(f"  failed: {in_a_line(error)}")
+                session.left_out.append(f"{name}: {item.label} ({in_a_line(error)})")
+            give_back_memory(session.device)
