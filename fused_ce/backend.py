@@ -94,7 +94,7 @@ def is_interpreted() -> bool:
 
     from fused_ce.kernels import forward
 
-    return not isinstance(forward.cross_entropy_forward_kernel, triton.JITFunction)
+    return not isinstance(forward.cross_entropy_forward_kernel.jitted, triton.JITFunction)
 
 
 def implementation(name: str) -> ModuleType:

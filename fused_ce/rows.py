@@ -78,6 +78,8 @@ def overlaps(rows: torch.Tensor) -> bool:
 
 def is_packed(rows: torch.Tensor) -> bool:
     """Whether the elements fill their storage without gaps, in whatever order."""
+    if rows.is_contiguous():
+        return True
     last = sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
     return last + 1 == rows.numel() and not overlaps(rows)
 

@@ -3,10 +3,10 @@
 Also the in-forward route's backward: grad_logits * grad_losses, which is nothing where that is 1.
 """
 
-import triton
 import triton.language as tl
 
 from ..rows import is_packed
+from .dispatch import kernel
 from .online_softmax import (
     edge_columns,
     elements_of,
@@ -25,17 +25,9 @@ SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to return at once
 SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many elements
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_losses_stride", "rows_per_group", "logits_group_stride", "logits_row_stride",
-        "targets_group_stride", "targets_row_stride", "grad_group_stride", "grad_row_stride",
-        "vocab_size", "ignore_index",
-    ],
-    # split_row aligns the accesses itself: a misaligned slice needs no second binary
-    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "weight_ptr", "grad_logits_ptr"],
-)  # fmt: skip
+@kernel
 def cross_entropy_backward_kernel(
-    grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, sums_ptr,
+    logits_ptr, grad_losses_ptr, targets_ptr, weight_ptr, sums_ptr,
     row_max_ptr, row_sum_ptr, grad_logits_ptr,
     grad_losses_stride: tl.int64,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
@@ -115,14 +107,9 @@ def cross_entropy_backward_kernel(
     tl.store(grad_row_ptr + target, grad.to(OUT), mask=owns_target)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_losses_stride", "n_rows", "rows_per_group", "group_stride", "row_stride",
-        "out_group_stride", "out_row_stride", "n_elements", "row_size",
-    ]
-)  # fmt: skip
+@kernel
 def scale_kernel(
-    grad_losses_ptr, grad_logits_ptr, out_ptr,
+    grad_logits_ptr, grad_losses_ptr, out_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int64, rows_per_group: tl.int32,
     group_stride: tl.int64, row_stride: tl.int64,
     out_group_stride: tl.int64, out_row_stride: tl.int64,
@@ -176,18 +163,21 @@ def launch_backward(
     n_groups, rows_per_group, vocab_size = logits.shape
     steps = -(-vocab_size // (config.block_v * config.unroll))
     has_stride = grad_losses is not None and grad_losses.dim() > 0
-    cross_entropy_backward_kernel[(n_groups * rows_per_group, steps)](
-        grad_losses, logits, targets, weight, sums, row_max, row_sum, grad_logits,
-        grad_losses.stride(0) if has_stride else 0,
-        rows_per_group, *logits.stride()[:2], *targets.stride(), *grad_logits.stride()[:2],
-        vocab_size, options.ignore_index, options.label_smoothing,
+    cross_entropy_backward_kernel.launch(
+        (n_groups * rows_per_group, steps),
+        (logits, grad_losses, targets, weight, sums, row_max, row_sum, grad_logits),
+        (
+            grad_losses.stride(0) if has_stride else 0,
+            rows_per_group, *logits.stride()[:2], *targets.stride(), *grad_logits.stride()[:2],
+            vocab_size, options.ignore_index, options.label_smoothing,
+        ),
+        config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         UPSTREAM=grad_losses is not None,
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0.0,
-        num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -204,12 +194,13 @@ def launch_scale(grad_logits, grad_losses, out, config):
         # one long row in any order: a row of 65 classes would leave most of a tile empty
         n_rows, row_size = -(-n_elements // SCALE_ROW), SCALE_ROW
         rows_per_group, strides = n_rows, (0, SCALE_ROW, 0, SCALE_ROW)
-    scale_kernel[(min(n_rows, SCALE_PROGRAMS),)](
-        grad_losses, grad_logits, out,
-        0 if one_factor else grad_losses.stride(0), n_rows, rows_per_group, *strides,
-        n_elements, row_size,
+    grad_stride = 0 if one_factor else grad_losses.stride(0)
+    scale_kernel.launch(
+        (min(n_rows, SCALE_PROGRAMS), 1),
+        (grad_logits, grad_losses, out),
+        (grad_stride, n_rows, rows_per_group, *strides, n_elements, row_size),
+        config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         SKIP_ONE=one_factor and out is grad_logits,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+    )

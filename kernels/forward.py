@@ -1,8 +1,8 @@
 """Forward: losses = lse(logits) - logits[target], reading each logit once."""
 
-import triton
 import triton.language as tl
 
+from .dispatch import kernel
 from .online_softmax import (
     load_target,
     loss_factors,
@@ -14,14 +14,7 @@ from .online_softmax import (
 from .reduce import GROUP_ROWS, SUM_BLOCK, WEIGHT_SUM, reduce_losses
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows_per_group", "logits_group_stride", "logits_row_stride", "targets_group_stride",
-        "targets_row_stride", "vocab_size", "ignore_index",
-    ],
-    # split_row aligns the accesses itself: a misaligned slice needs no second binary
-    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "weight_ptr"],
-)  # fmt: skip
+@kernel
 def cross_entropy_forward_kernel(
     logits_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
     losses_ptr, loss_ptr, row_max_ptr, row_sum_ptr,
@@ -70,10 +63,14 @@ def launch_forward(logits, targets, weight, workspace, losses, loss, stats, opti
     """Fill losses and stats (row_max, row_sum), each (n_rows,), from dense rows; and loss () if
     given."""
     n_groups, rows_per_group, vocab_size = logits.shape
-    cross_entropy_forward_kernel[(n_groups * rows_per_group,)](
-        logits, targets, weight, workspace.sums, workspace.counters, losses, loss, *stats,
-        rows_per_group, *logits.stride()[:2], *targets.stride(),
-        vocab_size, options.ignore_index, options.label_smoothing,
+    cross_entropy_forward_kernel.launch(
+        (n_groups * rows_per_group, 1),
+        (logits, targets, weight, workspace.sums, workspace.counters, losses, loss, *stats),
+        (
+            rows_per_group, *logits.stride()[:2], *targets.stride(),
+            vocab_size, options.ignore_index, options.label_smoothing,
+        ),
+        config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         GROUP_ROWS=GROUP_ROWS,
@@ -82,5 +79,4 @@ def launch_forward(logits, targets, weight, workspace, losses, loss, stats, opti
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0.0,
-        num_warps=config.num_warps,
     )  # fmt: skip

@@ -8,6 +8,7 @@ sees each logit once in and its gradient once out.
 import triton
 import triton.language as tl
 
+from .dispatch import kernel
 from .online_softmax import (
     edge_columns,
     elements_of,
@@ -108,15 +109,7 @@ def write_zeros(row_ptr, vocab_size, BLOCK_V: tl.constexpr):
     tl.store(row_ptr + edge, tl.zeros([2 * VEC], OUT), mask=is_edge)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows_per_group", "logits_group_stride", "logits_row_stride", "targets_group_stride",
-        "targets_row_stride", "grad_group_stride", "grad_row_stride", "vocab_size", "ignore_index",
-        "zero",
-    ],
-    # split_row aligns the accesses itself: a misaligned slice needs no second binary
-    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "weight_ptr", "grad_logits_ptr"],
-)  # fmt: skip
+@kernel
 def cross_entropy_forward_with_grad_kernel(
     logits_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
     losses_ptr, loss_ptr, grad_logits_ptr,
@@ -183,10 +176,15 @@ def launch_forward_with_grad(
 ):
     """Fill losses (n_rows,), loss () if given, and grad_logits (may be the logits)."""
     n_groups, rows_per_group, vocab_size = logits.shape
-    cross_entropy_forward_with_grad_kernel[(n_groups * rows_per_group,)](
-        logits, targets, weight, workspace.sums, workspace.counters, losses, loss, grad_logits,
-        rows_per_group, *logits.stride()[:2], *targets.stride(), *grad_logits.stride()[:2],
-        vocab_size, options.ignore_index, options.label_smoothing, 0,
+    sums, counters = workspace.sums, workspace.counters
+    cross_entropy_forward_with_grad_kernel.launch(
+        (n_groups * rows_per_group, 1),
+        (logits, targets, weight, sums, counters, losses, loss, grad_logits),
+        (
+            rows_per_group, *logits.stride()[:2], *targets.stride(), *grad_logits.stride()[:2],
+            vocab_size, options.ignore_index, options.label_smoothing, 0,
+        ),
+        config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         HELD=config.held,
@@ -197,5 +195,4 @@ def launch_forward_with_grad(
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0.0,
-        num_warps=config.num_warps,
     )  # fmt: skip

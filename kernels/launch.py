@@ -6,6 +6,7 @@ the device.
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ class SmallConfig:
     num_warps: int
 
 
+@functools.cache
 def stream_config(
     vocab_size: int, element_size: int, warp_size: int = 32, class_sums: bool = False
 ) -> StreamConfig:
@@ -63,6 +65,7 @@ def stream_config(
     return _stream(threads, element_size, warp_size, unroll=2 if class_sums else 4)
 
 
+@functools.cache
 def held_config(vocab_size: int, element_size: int, warp_size: int = 32) -> StreamConfig:
     """For two passes over a row: as many threads as hold it in eight vectors each, up to 1,024.
 
@@ -90,6 +93,7 @@ def _power_of_two(at_least):
     return 1 << (at_least - 1).bit_length()
 
 
+@functools.cache
 def small_config(vocab_size: int, warp_size: int = 32) -> SmallConfig:
     """512 elements a warp of 32: 16 each, so that a few copies of them fit in registers.
 
@@ -102,6 +106,7 @@ def small_config(vocab_size: int, warp_size: int = 32) -> SmallConfig:
     return SmallConfig(block_rows=block_rows, block_v=block_v, num_warps=num_warps)
 
 
+@functools.cache
 def split_config(element_size: int, warp_size: int = 32, class_sums: bool = False) -> StreamConfig:
     """For few rows: small programs, of which there are more."""
     return stream_config(SMALL_VOCAB, element_size, warp_size, class_sums)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dispatch import kernel
 from .online_softmax import row_offset
 
 GROUP_ROWS = 1024  # rows whose losses one program adds up, before the last adds up the groups
@@ -91,13 +92,7 @@ def reduce_losses(
             tl.store(loss_ptr, loss)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "rows_per_group", "targets_group_stride", "targets_row_stride", "vocab_size",
-        "ignore_index",
-    ],
-    do_not_specialize_on_alignment=["targets_ptr", "weight_ptr", "sums_ptr", "counters_ptr"],
-)  # fmt: skip
+@kernel
 def mean_divisor_kernel(
     targets_ptr, weight_ptr, sums_ptr, counters_ptr,
     n_rows: tl.int32, rows_per_group: tl.int32,
@@ -146,9 +141,13 @@ def launch_mean_divisor(targets, weight, workspace, vocab_size, options):
     n_groups, rows_per_group = targets.shape
     n_rows = n_groups * rows_per_group
     size = max(n_rows, vocab_size if weight is not None else 0)
-    mean_divisor_kernel[(max(1, min(PARTIALS, -(-size // COUNT_BLOCK))),)](
-        targets, weight, workspace.sums, workspace.counters,
-        n_rows, rows_per_group, *targets.stride(), vocab_size, options.ignore_index,
-        BLOCK=COUNT_BLOCK, PARTIALS=PARTIALS, HAS_WEIGHT=weight is not None,
-        MEAN=options.reduction == "mean", num_warps=4,
-    )  # fmt: skip
+    mean_divisor_kernel.launch(
+        (max(1, min(PARTIALS, -(-size // COUNT_BLOCK))), 1),
+        (targets, weight, workspace.sums, workspace.counters),
+        (n_rows, rows_per_group, *targets.stride(), vocab_size, options.ignore_index),
+        num_warps=4,
+        BLOCK=COUNT_BLOCK,
+        PARTIALS=PARTIALS,
+        HAS_WEIGHT=weight is not None,
+        MEAN=options.reduction == "mean",
+    )

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dispatch import kernel
 from .online_softmax import exp_of, loss_factors, lowest_finite, row_offset
 from .reduce import DIVISOR, GROUP_ROWS, WEIGHT_SUM, reduce_losses
 
@@ -16,28 +17,36 @@ SUM_BLOCK = 256  # eight losses a thread of one warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_losses_stride", "n_rows", "rows_per_group", "logits_group_stride",
-        "targets_group_stride", "targets_row_stride", "grad_group_stride", "vocab_size",
-        "ignore_index",
-    ]
-)  # fmt: skip
+@triton.jit
+def aligned(ptr, row_stride):
+    return tl.multiple_of(ptr, 16), tl.multiple_of(row_stride, 16)
+
+
+@kernel
 def cross_entropy_small_kernel(
-    grad_losses_ptr, logits_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
+    logits_ptr, grad_losses_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
     losses_ptr, loss_ptr, grad_logits_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
-    logits_group_stride: tl.int64, logits_row_stride, logits_class_stride,
+    logits_group_stride: tl.int64, logits_row_stride: tl.int64, logits_class_stride: tl.int64,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64,
-    grad_group_stride: tl.int64, grad_row_stride, grad_class_stride,
+    grad_group_stride: tl.int64, grad_row_stride: tl.int64, grad_class_stride: tl.int64,
     vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
     DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    SUM_BLOCK: tl.constexpr, GROUPED: tl.constexpr, LOSS: tl.constexpr, REDUCE: tl.constexpr,
+    SUM_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
+    LOSS: tl.constexpr, REDUCE: tl.constexpr,
     GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
+    if ALIGNED:  # rows may share wide accesses
+        logits_ptr, logits_row_stride = aligned(logits_ptr, logits_row_stride)
+        if GRAD:
+            grad_logits_ptr, grad_row_stride = aligned(grad_logits_ptr, grad_row_stride)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.arange(0, BLOCK_V)[None, :].to(tl.int64)  # times a class stride of H * W
+    cols = tl.arange(0, BLOCK_V)[None, :]
+    logits_cols, grad_cols = cols, cols
+    if not DENSE:  # 64-bit: times a stride of H * W
+        logits_cols = cols * logits_class_stride
+        grad_cols = cols * grad_class_stride
     exists = rows < n_rows
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
     targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
@@ -45,7 +54,7 @@ def cross_entropy_small_kernel(
     in_range = (targets >= 0) & (targets < vocab_size)
 
     offsets = row_offset(rows, rows_per_group, logits_group_stride, logits_row_stride, GROUPED)
-    x_ptrs = logits_ptr + offsets[:, None] + cols * logits_class_stride
+    x_ptrs = logits_ptr + offsets[:, None] + logits_cols
     x = tl.load(x_ptrs, mask=counts[:, None] & (cols < vocab_size), other=float("-inf")).to(DTYPE)
     row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(DTYPE))
     difference = x - row_max[:, None]
@@ -82,7 +91,7 @@ def cross_entropy_small_kernel(
             grad -= (grad_losses * class_factor)[:, None] * class_weight
         grad = tl.where(counts[:, None], grad, 0.0)
         offsets = row_offset(rows, rows_per_group, grad_group_stride, grad_row_stride, GROUPED)
-        grad_ptrs = grad_logits_ptr + offsets[:, None] + cols * grad_class_stride
+        grad_ptrs = grad_logits_ptr + offsets[:, None] + grad_cols
         out = grad.to(grad_logits_ptr.dtype.element_ty)
         tl.store(grad_ptrs, out, mask=exists[:, None] & (cols < vocab_size))
     if REDUCE:
@@ -105,16 +114,23 @@ def launch_small(
     n_rows = n_groups * rows_per_group
     grad_strides = (0, 0, 0) if grad_logits is None else grad_logits.stride()
     has_stride = grad_losses is not None and grad_losses.dim() > 0
-    cross_entropy_small_kernel[(-(-n_rows // config.block_rows),)](
-        grad_losses, logits, targets, weight, sums, counters, losses, loss, grad_logits,
-        grad_losses.stride(0) if has_stride else 0,
-        n_rows, rows_per_group, *logits.stride(), *targets.stride(), *grad_strides,
-        vocab_size, options.ignore_index, options.label_smoothing,
+    both = [tensor for tensor in (logits, grad_logits) if tensor is not None]
+    cross_entropy_small_kernel.launch(
+        (-(-n_rows // config.block_rows), 1),
+        (logits, grad_losses, targets, weight, sums, counters, losses, loss, grad_logits),
+        (
+            grad_losses.stride(0) if has_stride else 0,
+            n_rows, rows_per_group, *logits.stride(), *targets.stride(), *grad_strides,
+            vocab_size, options.ignore_index, options.label_smoothing,
+        ),
+        config.num_warps,
         DTYPE=TRITON_DTYPES[dtype],
         BLOCK_ROWS=config.block_rows,
         BLOCK_V=config.block_v,
         GROUP_ROWS=GROUP_ROWS,
         SUM_BLOCK=SUM_BLOCK,
+        ALIGNED=all(t.data_ptr() % 16 == 0 and t.stride(1) % 16 == 0 for t in both),
+        DENSE=all(tensor.stride(2) == 1 for tensor in both),
         GROUPED=n_groups > 1,  # a division a row, which the usual contiguous batch can do without
         LOSS=losses is not None,
         REDUCE=loss is not None,
@@ -123,5 +139,4 @@ def launch_small(
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0.0,
-        num_warps=config.num_warps,
     )  # fmt: skip

@@ -7,6 +7,7 @@ gradient is backward.py's, whose programs are columns of a row already.
 import triton
 import triton.language as tl
 
+from .dispatch import kernel
 from .online_softmax import (
     exp_of,
     load_target,
@@ -47,13 +48,7 @@ def combine(parts_ptr, row, splits, MAX_SPLITS: tl.constexpr):
     return row_max, row_sum, tl.sum(rebased_dot(part_dot, part_weight, part_max, row_max), axis=0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows_per_group", "logits_group_stride", "logits_row_stride", "targets_group_stride",
-        "targets_row_stride", "vocab_size", "part_size", "ignore_index",
-    ],
-    do_not_specialize_on_alignment=["logits_ptr", "targets_ptr", "weight_ptr"],
-)  # fmt: skip
+@kernel
 def cross_entropy_split_kernel(
     logits_ptr, targets_ptr, weight_ptr, parts_ptr, sums_ptr, counters_ptr,
     losses_ptr, loss_ptr, row_max_ptr, row_sum_ptr,
@@ -122,12 +117,17 @@ def launch_split(logits, targets, weight, workspace, losses, loss, stats, option
     n_groups, rows_per_group, vocab_size = logits.shape
     n_rows = n_groups * rows_per_group
     step = config.block_v * config.unroll
-    cross_entropy_split_kernel[(n_rows, splits)](
-        logits, targets, weight, losses.new_empty(n_rows * splits * 4),
-        workspace.sums, workspace.counters, losses, loss, *stats,
-        rows_per_group, *logits.stride()[:2], *targets.stride(),
-        vocab_size, -(-vocab_size // (splits * step)) * step, options.ignore_index,
-        options.label_smoothing,
+    parts = losses.new_empty(n_rows * splits * 4)
+    sums, counters = workspace.sums, workspace.counters
+    cross_entropy_split_kernel.launch(
+        (n_rows, splits),
+        (logits, targets, weight, parts, sums, counters, losses, loss, *stats),
+        (
+            rows_per_group, *logits.stride()[:2], *targets.stride(),
+            vocab_size, -(-vocab_size // (splits * step)) * step, options.ignore_index,
+            options.label_smoothing,
+        ),
+        config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         MAX_SPLITS=MAX_SPLITS,
@@ -138,5 +138,4 @@ def launch_split(logits, targets, weight, workspace, losses, loss, stats, option
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0.0,
-        num_warps=config.num_warps,
     )  # fmt: skip
