@@ -145,6 +145,55 @@ def test_a_missing_tool_is_named(session):
     assert "missing: no-such-sanitizer" in (session.out / "log.txt").read_text()
 
 
+def test_cuda_tests_need_no_package_of_babygpt(session, monkeypatch, tmp_path):
+    """pytest imports the conftest.py of a folder that it is told to ignore just as little."""
+    blocked = tmp_path / "sitecustomize.py"
+    blocked.write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('tyro', 'safetensors', 'tqdm', 'matplotlib'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (command,) = cuda_tests.tests(session)
+    arguments = [a for a in command.arguments if a not in ("-n", str(cuda_tests.WORKERS))]
+    arguments = tuple(a for a in arguments if a not in ("--max-worker-restart", "40"))
+    cuda_tests.run(session, cuda_tests.Command("x", (*arguments, "--collect-only"), "tests.log"))
+    log = (session.out / "tests.log").read_text()
+    assert "tests collected" in log and "rror" not in log.splitlines()[-1], log[-2000:]
+
+
+def test_a_lost_gpu_costs_one_test(tmp_path):
+    """A CUDA context that is lost stays so until its process ends, which pytest-xdist replaces."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text(
+        "import torch\n"
+        "lost = []\n"
+        "def synchronize():\n"
+        "    if lost: raise RuntimeError('CUDA error')\n"
+        "torch.cuda.is_initialized = lambda: True\n"
+        "torch.cuda.synchronize = synchronize\n"
+    )
+    (tmp_path / "test_x.py").write_text(
+        "import conftest, pytest\n"
+        "@pytest.mark.parametrize('i', range(8))\n"
+        "def test_it(i):\n"
+        "    if i == 2: conftest.lost.append(i)\n"
+        "    assert not conftest.lost\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "1", "-p", "benchmarks.pytest_gpu"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    result = subprocess.run(
+        [*command, "--rootdir", tmp_path, tmp_path],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    passed = {line.split("[")[-1][0] for line in result.stdout.splitlines() if " PASSED " in line}
+    assert passed == set("0134567"), result.stdout + result.stderr
+    assert "crashed" in result.stdout
+
+
 def test_outcomes_are_read_from_log_or_junit(tmp_path):
     log, xml = tmp_path / "tests.log", tmp_path / "tests.xml"
     log.write_text(
