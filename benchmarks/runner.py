@@ -15,6 +15,7 @@ from benchmarks.quiet import DISTURBED, Patience
 from benchmarks.records import Record
 
 CLONE, READ = "clone", "read"  # the machine's own speed, as two more providers
+WAITED = "the GPU waits for the host: launches are in the time"
 
 
 class DeviceLost(Exception):
@@ -77,7 +78,7 @@ def run_case(
                 "fraction_of_clone": speed / clone_speed if clone_speed else None,
                 "peak_bytes": peaks.get(name),
                 "error": errors.get(name),
-                "note": disturbed,
+                "note": disturbed or (WAITED if works[name].waited > 0.5 else None),
             }
             records.append(record_of(case, name, about, **result))
         elif name in notes:
