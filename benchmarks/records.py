@@ -1,5 +1,6 @@
 """Results as records: one JSON a machine, written whole after every record."""
 
+import importlib
 import json
 import os
 import platform
@@ -7,7 +8,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -114,7 +114,8 @@ def _cpu_name() -> str:
 
 
 def _version(package: str) -> str:
+    """Of what is imported: a build of PyTorch may bring it under another distribution's name."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return importlib.import_module(package).__version__
+    except ImportError:
         return "none"
