@@ -55,10 +55,10 @@ def machine(device: torch.device) -> dict[str, str]:
 class Store:
     """Records in a file that is complete after every one of them: a cut run keeps what it had."""
 
-    def __init__(self, path: Path):
-        """Begin an empty file."""
+    def __init__(self, path: Path, go_on: bool = False):
+        """Begin an empty file, or go on with the one that is there."""
         self.path = path
-        self.records: list[Record] = []
+        self.records: list[Record] = read(path) if go_on and path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         write(self.records, path)
 
