@@ -64,7 +64,7 @@ def run(session: Session, command: Command) -> None:
         return
     out = session.out.resolve()
     arguments = [str(out / a) if a == "tests.xml" else a for a in command.arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}
     with open(out / command.log, "w") as log:
         process = subprocess.Popen(
             arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,

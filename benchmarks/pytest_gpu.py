@@ -12,6 +12,14 @@ import pytest
 import torch
 
 KEPT_BYTES = 1 << 30  # of a worker, for its next tests
+LONG = (
+    "test_properties.py"  # many kernels a test: at the end of a run one worker would compile them
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The long tests first."""
+    items.sort(key=lambda item: LONG not in item.nodeid)
 
 
 def pytest_runtest_logfinish():
