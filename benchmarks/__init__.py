@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.cpu`, `.gpu` and `.report`; `pytest benchmarks`."""
+"""Benchmarks: `python -m benchmarks.cpu`, `.gpu`, `.one` and `.report`; `pytest benchmarks`."""

@@ -1,5 +1,6 @@
 """The tests marked `cuda`, on the real kernels, in a process of their own with a time limit."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,7 +16,11 @@ from xml.etree import ElementTree
 from benchmarks.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKERS = "8"  # the tests are small: several share the GPU well
+WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))  # most of their time compiles kernels
+# BabyGPT's tests need packages that a machine for kernels need not have, and without them not even
+# its conftest.py is imported: pytest would then run no test at all.
+WITHOUT = ("tests/babygpt", "tests/benchmarks")
+LAST_WORDS = 10.0  # seconds that pytest has to print the failures of a run that is cut short
 REDUCED = "misaligned or outside or slice or ignored"  # what compute-sanitizer gets
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
@@ -32,16 +37,24 @@ class Command:
 def tests(session: Session) -> list[Command]:
     """All of them; a few for a quick run."""
     few = ("-k", REDUCED) if session.quick else ()
-    parallel = ("-n", WORKERS) if importlib.util.find_spec("xdist") else ()
-    pytest = (sys.executable, "-m", "pytest", "tests", "-m", "cuda", "-v", *parallel, *few)
-    return [Command("pytest -m cuda", (*pytest, "--junitxml", "tests.xml"), "tests.log")]
+    parallel = ("-n", str(WORKERS), "--max-worker-restart", "40")
+    parallel = parallel if importlib.util.find_spec("xdist") else ()
+    arguments = (*_pytest(), *parallel, *few, "--junitxml", "tests.xml")
+    return [Command("pytest -m cuda", arguments, "tests.log")]
 
 
 def sanitized(session: Session) -> list[Command]:
     """A reduced list under compute-sanitizer, which makes it many times slower."""
-    pytest = (sys.executable, "-m", "pytest", "tests", "-m", "cuda", "-v", "-k", REDUCED)
     tool = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99")
-    return [Command("compute-sanitizer pytest -m cuda", (*tool, *pytest), "sanitize.log")]
+    arguments = (*tool, *_pytest(), "-k", REDUCED)
+    return [Command("compute-sanitizer pytest -m cuda", arguments, "sanitize.log")]
+
+
+def _pytest() -> tuple[str, ...]:
+    ignored = (word for folder in WITHOUT for word in ("--ignore", folder))
+    options = ("-m", "cuda", "-v", "--tb", "short", "--continue-on-collection-errors")
+    plugin = ("-p", "benchmarks.pytest_gpu", "-p", "no:cacheprovider")
+    return (sys.executable, "-m", "pytest", "tests", *ignored, *options, *plugin)
 
 
 def run(session: Session, command: Command) -> None:
@@ -51,22 +64,25 @@ def run(session: Session, command: Command) -> None:
         return
     out = session.out.resolve()
     arguments = [str(out / a) if a == "tests.xml" else a for a in command.arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}
     with open(out / command.log, "w") as log:
         process = subprocess.Popen(
             arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(timeout=max(1.0, session.seconds_left))
+            code = process.wait(timeout=max(1.0, session.seconds_left - LAST_WORDS))
             session.say(f"  finished with exit status {code}")
         except subprocess.TimeoutExpired:
             session.say("  stopped at its time limit")
             session.left_out.append(f"{command.label}: stopped at its time limit")
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=LAST_WORDS)
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with pytest's workers
-                process.wait()
+            process.wait()
     counts, failed = summary(out / command.log, out / "tests.xml")
     session.say("  " + (", ".join(f"{n} {name}" for name, n in counts.items()) or "no test ran"))
     for name in failed:
@@ -78,7 +94,10 @@ def summary(log: Path, junit: Path) -> tuple[dict[str, int], list[str]]:
 
     From junit's file; where the run was cut and there is none, from the lines of the log.
     """
-    outcomes = _from_junit(junit) if junit.exists() and log.name == "tests.log" else _from_log(log)
+    outcomes = _from_log(log)
+    if junit.exists() and log.name == "tests.log":
+        with contextlib.suppress(ElementTree.ParseError):
+            outcomes = _from_junit(junit)
     counts = Counter(outcomes.values())
     failed = [name for name, outcome in outcomes.items() if outcome in ("failed", "error")]
     return {name: counts[name] for name in OUTCOMES if counts[name]}, failed

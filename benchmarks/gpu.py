@@ -4,12 +4,18 @@ It takes whichever torch and Triton are there, needs no network, and ends within
 result is written as it comes: results.json (records, see records.py), log.txt, tests.log and
 tests.xml, and on request sweep.json and sanitize.log. `python -m benchmarks.report --add
 DIR/results.json` takes the records over.
+
+The parts run in a process of their own. Where it loses the GPU (an illegal access), crashes or
+hangs, another goes on behind the case that did it.
 """
 
 import argparse
+import contextlib
+import faulthandler
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +24,10 @@ from benchmarks import ceilings, cuda_tests, launch_cost, sweep, training
 from benchmarks.cases import FURTHER, HEADLINE, TINY_CASES, Case
 from benchmarks.providers import PROVIDERS, missing
 from benchmarks.runner import DeviceLost, missing_records, run_case
-from benchmarks.session import Part, Session, run_parts
+from benchmarks.session import Part, Session, begun_in, run_parts
+
+GRACE = 15.0  # seconds beyond the time limit, before what does not end is ended
+LEAST = 20.0  # seconds that are worth another process
 
 
 def headline(session: Session) -> list[Case]:
@@ -40,20 +49,23 @@ def measure_case(session: Session, case: Case) -> None:
     session.add(*run_case(case, session.device, session.seconds, session.about))
 
 
+# What a part leaves of its minutes is shared out among those after it.
 PARTS = {
-    "ceilings": Part(ceilings.ceilings, ceilings.run, minutes=0.4),
-    "headline": Part(headline, measure_case, minutes=2.2),
-    "tests": Part(cuda_tests.tests, cuda_tests.run, minutes=2.0),
-    "training": Part(training.trainings, training.run, minutes=1.2),
-    "launch": Part(launch_cost.cases, launch_cost.run, minutes=0.7),
-    "kernels": Part(kernels, measure_case, minutes=2.2),
-    "sweep": Part(sweep.sweeps, sweep.run, minutes=9.0, on_request=True),
-    "sanitize": Part(cuda_tests.sanitized, cuda_tests.run, minutes=9.0, on_request=True),
+    "ceilings": Part(ceilings.ceilings, ceilings.run, minutes=0.3),
+    "headline": Part(headline, measure_case, minutes=3.6),
+    "tests": Part(cuda_tests.tests, cuda_tests.run, minutes=1.9, whole=True),
+    "training": Part(training.trainings, training.run, minutes=0.8),
+    "launch": Part(launch_cost.cases, launch_cost.run, minutes=0.6),
+    "kernels": Part(kernels, measure_case, minutes=1.8),
+    "sweep": Part(sweep.sweeps, sweep.run, minutes=3.0, on_request=True, whole=True),
+    "sanitize": Part(
+        cuda_tests.sanitized, cuda_tests.run, minutes=9.0, on_request=True, whole=True
+    ),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; 0 unless the GPU was lost."""
+    """Run the parts; 0 unless the GPU was lost for good."""
     options = _parser().parse_args(arguments)
     names = _chosen(options)
     device = torch.device(options.device or "cuda")
@@ -64,21 +76,52 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("benchmarks.gpu needs a GPU that PyTorch can use; --device cpu --quick tries it")
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 would time the interpreter: unset it")
-    session = Session.begin(device, options.out, options.quick)
+    if device.type == "cuda" and options.until is None:
+        command = [sys.executable, "-m", "benchmarks.gpu", *(arguments or sys.argv[1:])]
+        return supervise(command, options.out, options.minutes)
+    go_on = options.until is not None and options.go_on
+    session = Session.begin(device, options.out, options.quick, go_on)
+    if device.type == "cuda":
+        faulthandler.enable(session.log)
     session.say(", ".join(f"{key} {value}" for key, value in session.about.items()))
     session.say(_driver(device))
-    for record in missing_records(device, session.about):
+    for record in () if go_on else missing_records(device, session.about):
         session.add(record)
+    minutes = options.minutes if options.until is None else (options.until - time.time()) / 60
     try:
-        run_parts(session, {name: PARTS[name] for name in names}, options.minutes)
+        run_parts(session, {name: PARTS[name] for name in names}, minutes)
     except DeviceLost as error:
         session.say(f"the GPU does not answer any more: {error}")
         return 1
     finally:
         session.say("\nleft out: " + ("\n  ".join(["", *session.left_out]) or "nothing"))
         session.say(f"results: {session.store.path}")
+        if device.type == "cuda":
+            faulthandler.disable()
         session.log.close()
     return 0
+
+
+def supervise(command: list[str], out: Path, minutes: float) -> int:
+    """Run the command in processes one after the other, while each brings at least one item."""
+    until = time.time() + 60 * minutes
+    begun, go_on = 0, ()
+    (out / "begun.json").unlink(missing_ok=True)
+    while True:
+        process = subprocess.Popen([*command, "--until", str(until), *go_on])
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=max(1.0, until - time.time()) + GRACE)
+        if code is None:
+            process.kill()
+            process.wait()
+            print("stopped at the time limit", flush=True)
+            return 1
+        before, begun = begun, len(begun_in(out))
+        if code == 0 or begun == before or until - time.time() < LEAST:
+            return code and 1
+        print(f"the process ended with status {code}: another goes on", flush=True)
+        go_on = ("--go-on",)
 
 
 def plan(session: Session, names: list[str]) -> str:
@@ -131,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a few cases of each part")
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     parser.add_argument("--sanitize", action="store_true", help="the same as --only sanitize")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # for the process that works
+    parser.add_argument("--go-on", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=("cuda", "cpu"),
                         help="cpu tries the suite without a GPU, with tiny cases")  # fmt: skip
     return parser

@@ -45,6 +45,7 @@ def run(session: Session, case: Case) -> None:
             continue
         if session.device.type == "cuda":
             try:
+                never_waits(eager[name])
                 graphs[name] = captured(eager[name])
             except Exception as error:
                 text = in_a_line(error)
@@ -61,6 +62,19 @@ def run(session: Session, case: Case) -> None:
             session.add(_record(case, kind, name, session, **result))
     for (kind, name), note in notes.items():
         session.add(_record(case, kind, name, session, note=note))
+
+
+def never_waits(call: Callable) -> None:
+    """Raise where the call waits for the device, which no capture allows.
+
+    Asked beforehand: after a capture that failed, PyTorch's random numbers and its allocator still
+    believe in it, for everything that follows in this process.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(call: Callable) -> Callable:

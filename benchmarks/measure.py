@@ -15,7 +15,8 @@ import torch
 TURN_MS = 20.0  # what a provider runs before the next one's turn: three calls, or more short ones
 CALLS_IN_A_TURN = (3, 30)
 LONG_CALL_MS = 20.0  # one untimed call is enough to warm up for these
-HEAD_START_CYCLES = 600_000  # a call: 0.3 ms at 2 GHz, more than any provider's launches take
+HEAD_START_CYCLES = 600_000  # a call: 0.3 ms at 2 GHz, more than most providers' launches take
+MOST_HEAD_START = 4  # times that
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Work:
     prepare: Callable[[], tuple]
     call: Callable[..., Any]
     milliseconds: list[float] = field(default_factory=list)
+    head_start: int = 1  # of the host, in HEAD_START_CYCLES a call
+    waited: float = 0.0  # the fraction of the last turn's calls for which the GPU was waiting
 
     @property
     def median(self) -> float:
@@ -99,18 +102,24 @@ def _cuda_calls(work: Work, count: int) -> list[float]:
     """Between two events each, which the GPU reaches when the host is already ahead of it.
 
     So that what is timed is kernels, not launches: the GPU first sleeps while the host enqueues.
-    A provider that waits for the device gives this head start away: then its wait is in its time.
+    A provider that waits for the device gives this head start away in every call: then launches
+    and its wait are in its time, and `waited` says so. Where it was too short for some calls, the
+    next turn has a longer one.
     """
-    events = []
-    torch.cuda._sleep(HEAD_START_CYCLES * count)
+    events, waited = [], 0
+    torch.cuda._sleep(work.head_start * HEAD_START_CYCLES * count)
     for _ in range(count):
         arguments = work.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work.call(*arguments)
         end.record()
+        waited += start.query()  # the GPU was there before all of the call was enqueued
         events.append((start, end))
     torch.cuda.synchronize()
+    work.waited = waited / count
+    if 0 < waited < count:
+        work.head_start = min(2 * work.head_start, MOST_HEAD_START)
     return [start.elapsed_time(end) for start, end in events]
 
 

@@ -72,14 +72,13 @@ PROVIDERS = {
     ),
     EAGER: Provider(lambda case: F.cross_entropy, kinds=("forward", *GRADIENT)),
     COMPILED: Provider(lambda case: _compiled_for(case.shape), kinds=("forward", *GRADIENT)),
-    # Liger has one form: its forward always writes the gradient over the logits, also where they
-    # need none.
+    # Liger has one form: its forward writes the gradient over the logits, if they need one.
     "liger": Provider(
         _liger,
         kinds=("forward", *GRADIENT, "in_place"),
         package="liger_kernel",
         needs_gpu=True,
-        overwrites=lambda case: True,
+        overwrites=lambda case: case.kind != "forward",
     ),
     "quack": Provider(
         _quack,

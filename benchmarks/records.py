@@ -1,5 +1,6 @@
 """Results as records: one JSON a machine, written whole after every record."""
 
+import importlib
 import json
 import os
 import platform
@@ -7,7 +8,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -55,10 +55,10 @@ def machine(device: torch.device) -> dict[str, str]:
 class Store:
     """Records in a file that is complete after every one of them: a cut run keeps what it had."""
 
-    def __init__(self, path: Path):
-        """Begin an empty file."""
+    def __init__(self, path: Path, go_on: bool = False):
+        """Begin an empty file, or go on with the one that is there."""
         self.path = path
-        self.records: list[Record] = []
+        self.records: list[Record] = read(path) if go_on and path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         write(self.records, path)
 
@@ -114,7 +114,8 @@ def _cpu_name() -> str:
 
 
 def _version(package: str) -> str:
+    """Of what is imported: a build of PyTorch may bring it under another distribution's name."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return importlib.import_module(package).__version__
+    except ImportError:
         return "none"

@@ -15,6 +15,7 @@ from benchmarks.quiet import DISTURBED, Patience
 from benchmarks.records import Record
 
 CLONE, READ = "clone", "read"  # the machine's own speed, as two more providers
+WAITED = "the GPU waits for the host: launches are in the time"
 
 
 class DeviceLost(Exception):
@@ -77,7 +78,7 @@ def run_case(
                 "fraction_of_clone": speed / clone_speed if clone_speed else None,
                 "peak_bytes": peaks.get(name),
                 "error": errors.get(name),
-                "note": disturbed,
+                "note": disturbed or (WAITED if works[name].waited > 0.5 else None),
             }
             records.append(record_of(case, name, about, **result))
         elif name in notes:
@@ -146,11 +147,18 @@ def note_of(error: Exception, device: torch.device) -> str:
                 raise DeviceLost(text) from None
 
 
+UNCHANGED = Provider(lambda case: None, kinds=())  # overwrites nothing
+
+
+def clone_work(inputs: Inputs) -> Work:
+    """`clone` of the logits."""
+    return Work(partial(inputs.take, UNCHANGED), lambda logits, _: logits.detach().clone())
+
+
 def _ceilings(case: Case, inputs: Inputs) -> dict[str, Work]:
     """`clone` of the logits and, beside forward, a reduction that only reads them."""
-    some = Provider(lambda case: None, kinds=())  # overwrites nothing
-    works = {CLONE: Work(partial(inputs.take, some), lambda logits, _: logits.detach().clone())}
+    works = {CLONE: clone_work(inputs)}
     if case.kind == "forward":
-        dtype = DTYPES["float32"]
-        works[READ] = Work(partial(inputs.take, some), lambda x, _: torch.sum(x, dtype=dtype))
+        take, dtype = partial(inputs.take, UNCHANGED), DTYPES["float32"]
+        works[READ] = Work(take, lambda x, _: torch.sum(x, dtype=dtype))
     return works

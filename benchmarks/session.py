@@ -1,7 +1,10 @@
 """A run of the suite on one machine: its device, its files, its clock."""
 
+import contextlib
+import faulthandler
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -12,10 +15,12 @@ from benchmarks.measure import give_back_memory, in_a_line
 from benchmarks.records import Record, Store, machine
 from benchmarks.runner import DeviceLost
 
-FILES = ("results.json", "log.txt", "sweep.json", "tests.log", "tests.xml", "sanitize.log")
-
+FILES = (
+    "results.json", "log.txt", "sweep.json", "tests.log", "tests.xml", "sanitize.log", "begun.json"
+)  # fmt: skip
 
 LAST_ITEM = 0.97  # of the time: what then still runs is brought to its end
+STUCK = 120.0  # seconds after which an item that should take fifteen ends the process
 
 
 class Item(Protocol):
@@ -32,6 +37,7 @@ class Part:
     run: Callable[["Session", Any], None]
     minutes: float  # what it wants of nine; what another part leaves over is shared out
     on_request: bool = False  # only where --only names it
+    whole: bool = False  # an item watches the part's time itself
 
 
 @dataclass
@@ -46,15 +52,20 @@ class Session:
     about: dict[str, str] = field(default_factory=dict)
     deadline: float = float("inf")  # of the running part, by time.monotonic
     left_out: list[str] = field(default_factory=list)
+    begun: dict[str, bool] = field(default_factory=dict)  # items, and whether they ended
 
     @classmethod
-    def begin(cls, device: torch.device, out: Path, quick: bool) -> "Session":
-        """Make the folder with its results.json and log.txt."""
+    def begin(cls, device: torch.device, out: Path, quick: bool, go_on: bool = False) -> "Session":
+        """Make the folder with its results.json and log.txt; or go on with them."""
         out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # of an earlier run
+        for name in FILES if not go_on else ():  # of an earlier run
             (out / name).unlink(missing_ok=True)
-        store, log = Store(out / "results.json"), open(out / "log.txt", "w")
-        return cls(device, quick, out, store, log, machine(device))
+        begun = begun_in(out)
+        died = [f"{label}: its process ended" for label, ended in begun.items() if not ended]
+        return cls(
+            device, quick, out, Store(out / "results.json", go_on), open(out / "log.txt", "a"),
+            machine(device), left_out=died, begun=begun,
+        )  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -72,11 +83,23 @@ class Session:
         if self.log:
             print(text, file=self.log, flush=True)
 
+    def note(self, label: str, ended: bool) -> None:
+        """That an item begins or ended: a later process passes it over."""
+        self.begun[label] = ended
+        if self.out:
+            (self.out / "begun.json").write_text(json.dumps(self.begun, indent=1))
+
     def add(self, *records: Record) -> None:
         """Keep records, and say them."""
         self.store.add(*records)
         for record in records:
             self.say("  " + line(record))
+
+
+def begun_in(out: Path) -> dict[str, bool]:
+    """The items that a folder's run has begun, and whether they came to an end."""
+    path = out / "begun.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def line(record: Record) -> str:
@@ -111,16 +134,34 @@ def run_parts(session: Session, parts: dict[str, Part], minutes: float) -> None:
         session.deadline = now + max(0.0, end - now) * part.minutes / wanted
         session.say(f"== {name}: {max(0.0, session.seconds_left):.0f} s")
         for item in part.items(session):
-            if session.seconds_left <= 0:
-                session.left_out.append(f"{name}: {item.label}")
+            label = f"{name}: {item.label}"
+            if label in session.begun:
                 continue
+            if session.seconds_left <= 0:
+                session.left_out.append(label)
+                continue
+            session.note(label, ended=False)
             session.say(f"{item.label}")
             try:
-                part.run(session, item)
+                with _watched(session, session.seconds_left + 30 if part.whole else STUCK):
+                    part.run(session, item)
             except DeviceLost:
-                session.left_out.append(f"{name}: {item.label}, and all that was to follow")
+                session.left_out.append(f"{label}: the GPU was lost")
                 raise
             except Exception as error:
                 session.say(f"  failed: {in_a_line(error)}")
-                session.left_out.append(f"{name}: {item.label} ({in_a_line(error)})")
+                session.left_out.append(f"{label} ({in_a_line(error)})")
+            session.note(label, ended=True)
             give_back_memory(session.device)
+
+
+@contextlib.contextmanager
+def _watched(session: Session, seconds: float) -> Iterator[None]:
+    """A kernel that never ends would take all of the time: say where, and end the process."""
+    if session.device.type == "cuda":
+        faulthandler.dump_traceback_later(seconds, exit=True, file=session.log)
+    try:
+        yield
+    finally:
+        if session.device.type == "cuda":
+            faulthandler.cancel_dump_traceback_later()

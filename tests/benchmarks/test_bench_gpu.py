@@ -85,21 +85,75 @@ def test_make_bench_prints_a_row_a_case_and_names_the_missing(uncompiled, tmp_pa
     assert len(records.read(tmp_path / "results.json")) > 10
 
 
-def test_parts_stop_at_their_time_and_name_what_they_left_out(session):
+def test_parts_stop_at_their_time_and_name_what_they_left_out(session, monkeypatch):
+    monkeypatch.setattr("benchmarks.session.give_back_memory", lambda device: None)  # it is slow
     done = []
 
     def run(session, item):
         done.append(item.label)
-        time.sleep(0.05)
+        time.sleep(0.1)
 
     def items(session):
         return [Thing(label) for label in "abcdefgh"]
 
     part = Part(items, run, minutes=1.0)
-    run_parts(session, {"first": part, "second": part}, minutes=0.3 / 60)
+    run_parts(session, {"first": part, "second": part}, minutes=0.6 / 60)
     assert done[0] == "a" and done.count("a") == 2  # the second part had its share
     assert len(done) + len(session.left_out) == 16
     assert session.left_out[0].startswith("first: ") and session.left_out[-1] == "second: h"
+
+
+PROCESS = """if True:
+    import os, pathlib, sys
+    import torch
+    from benchmarks.runner import DeviceLost
+    from benchmarks.session import Part, Session, run_parts
+    class Thing:
+        def __init__(self, label):
+            self.label = label
+    def run(session, item):
+        if item.label == "crashes":
+            os._exit(139)
+        if item.label == "loses":
+            raise DeviceLost("illegal access")
+        session.add()
+    out, labels, go_on = pathlib.Path(sys.argv[1]), sys.argv[2].split(","), "--go-on" in sys.argv
+    session = Session.begin(torch.device("cpu"), out, False, go_on)
+    part = Part(lambda session: [Thing(label) for label in labels], run, minutes=1.0)
+    try:
+        run_parts(session, {"part": part}, 1.0)
+    finally:
+        session.say(f"left out: {session.left_out}")
+"""
+
+
+def supervised(tmp_path, labels):
+    """The exit status, and the log of all processes."""
+    code = gpu.supervise([sys.executable, "-c", PROCESS, str(tmp_path), labels], tmp_path, 1.0)
+    return code, (tmp_path / "log.txt").read_text()
+
+
+def test_another_process_goes_on_behind_what_crashed_or_lost_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, log = supervised(tmp_path, "a,crashes,b,loses,c")
+    assert code == 0
+    lines = log.splitlines()
+    assert [line for line in lines if line in "abc"] == ["a", "b", "c"]
+    assert "part: crashes: its process ended" in lines[-1]
+    assert "part: loses: its process ended" in lines[-1]
+
+
+def test_a_process_that_begins_nothing_is_the_last(tmp_path):
+    code = gpu.supervise([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 1.0)
+    assert code == 1
+
+
+def test_a_process_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    start = time.monotonic()
+    assert gpu.supervise(command, tmp_path, 0.0) == 1
+    assert time.monotonic() - start < 20
 
 
 def test_what_fails_is_named_and_the_next_goes_on(session):
@@ -143,6 +197,55 @@ def test_a_missing_tool_is_named(session):
     command = cuda_tests.Command("x", ("no-such-sanitizer", "x"), "sanitize.log")
     cuda_tests.run(session, command)
     assert "missing: no-such-sanitizer" in (session.out / "log.txt").read_text()
+
+
+def test_cuda_tests_need_no_package_of_babygpt(session, monkeypatch, tmp_path):
+    """pytest imports the conftest.py of a folder that it is told to ignore just as little."""
+    blocked = tmp_path / "sitecustomize.py"
+    blocked.write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('tyro', 'safetensors', 'tqdm', 'matplotlib'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (command,) = cuda_tests.tests(session)
+    arguments = [a for a in command.arguments if a not in ("-n", str(cuda_tests.WORKERS))]
+    arguments = tuple(a for a in arguments if a not in ("--max-worker-restart", "40"))
+    cuda_tests.run(session, cuda_tests.Command("x", (*arguments, "--collect-only"), "tests.log"))
+    log = (session.out / "tests.log").read_text()
+    assert "tests collected" in log and "rror" not in log.splitlines()[-1], log[-2000:]
+
+
+def test_a_lost_gpu_costs_one_test(tmp_path):
+    """A CUDA context that is lost stays so until its process ends, which pytest-xdist replaces."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text(
+        "import torch\n"
+        "lost = []\n"
+        "def synchronize():\n"
+        "    if lost: raise RuntimeError('CUDA error')\n"
+        "torch.cuda.is_initialized = lambda: True\n"
+        "torch.cuda.synchronize = synchronize\n"
+    )
+    (tmp_path / "test_x.py").write_text(
+        "import conftest, pytest\n"
+        "@pytest.mark.parametrize('i', range(8))\n"
+        "def test_it(i):\n"
+        "    if i == 2: conftest.lost.append(i)\n"
+        "    assert not conftest.lost\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "1", "-p", "benchmarks.pytest_gpu"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    result = subprocess.run(
+        [*command, "--rootdir", tmp_path, tmp_path],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    passed = {line.split("[")[-1][0] for line in result.stdout.splitlines() if " PASSED " in line}
+    assert passed == set("0134567"), result.stdout + result.stderr
+    assert "crashed" in result.stdout
 
 
 def test_outcomes_are_read_from_log_or_junit(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure, quiet, runner
+from benchmarks import measure, one, quiet, runner
 from benchmarks.cases import TINY_CASES, Case
 from benchmarks.providers import GRADIENT, OURS, PROVIDERS, Provider
 from benchmarks.runner import missing_records, run_case
@@ -182,3 +182,10 @@ def test_without_patience_a_disturbed_case_says_so(neighbours, monkeypatch, cpu,
     neighbours(40)
     ours = measured(monkeypatch, cpu, about)[OURS]
     assert ours.note == "other processes used 80% of the CPU" and ours.ms_median > 0
+
+
+def test_one_case_can_be_called_for_a_profiler(capsys):
+    assert one.main(["forward_backward", "4", "65", "float32", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "fused_ce: forward_backward, 4 x 65 float32, 1 calls\n"
+    with pytest.raises(SystemExit, match="liger: "):
+        one.main(["forward", "4", "65", "float32", "--device", "cpu", "--provider", "liger"])

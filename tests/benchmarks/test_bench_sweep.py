@@ -3,64 +3,129 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import sweep
 from benchmarks.cases import Case
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    block: int = 2
-    warps: int = 4
+    block_v: int = 512
+    num_warps: int = 4
+    unroll: int = 2
 
 
-def test_single_changes_come_first_and_unknown_fields_are_reported():
-    changes, unknown = sweep.variants(
-        Config(), {"block": (1, 2), "warps": (8, 16), "held_tiles": (1,)}
-    )
-    assert unknown == ["held_tiles"]
-    assert changes[0] == {}
-    assert changes[1:4] == [{"block": 1}, {"warps": 8}, {"warps": 16}]
-    assert changes[4:] == [{"block": 1, "warps": 8}, {"block": 1, "warps": 16}]
+def test_the_least_different_come_first_and_a_block_follows_from_its_warps():
+    fields = [
+        {"num_warps": 8, "block_v": 1024, "unroll": 4},
+        {"num_warps": 8, "block_v": 1024},
+        {"unroll": 4},
+        {"unroll": 2},
+    ]
+    found = sweep.variants([Config(), Config(unroll=8)], fields)
+    assert found[:2] == [Config(), Config(unroll=8)]
+    assert found[2:] == [Config(1024, 8), Config(unroll=4), Config(1024, 8, 4)]
 
 
-def test_table_has_the_fastest_first_and_the_failed_last():
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_grids_are_configurations_of_the_policy(element_size):
+    pytest.importorskip("triton")
+    from fused_ce.kernels import launch
+
+    for policy in ("held_config", "stream_config", "small_config"):
+        chosen = (
+            launch.small_config(65) if policy == "small_config"
+            else getattr(launch, policy)(50257, element_size)
+        )  # fmt: skip
+        found = list(sweep.grid(policy, element_size))
+        tried = sweep.variants([chosen], iter(found))
+        assert len(tried) <= 130
+        assert chosen in [dataclasses.replace(chosen, **fields) for fields in found]
+        for config in tried:
+            if policy != "small_config":
+                assert config.block_v * element_size == 16 * 32 * config.num_warps
+                assert config.held == 0 or config.held >= config.unroll
+            assert config.num_warps <= 32
+
+
+def test_table_has_the_fastest_first_the_chosen_always_and_the_failed_last(monkeypatch):
+    monkeypatch.setattr(sweep, "SHOWN", 1)
+    timed = {"spread": 0.1, "fraction_of_clone": 0.9}
     results = [
-        {"change": {"warps": 8}, "error": "out of resources"},
-        {"change": {}, "ms": 2.0, "spread": 0.1},
-        {"change": {"block": 1}, "ms": 1.0, "spread": 0.1},
+        {"config": {"unroll": 8}, "chosen": False, "error": "out of resources"},
+        {"config": {"unroll": 1}, "chosen": True, "ms": 3.0, **timed},
+        {"config": {"unroll": 4}, "chosen": False, "ms": 2.0, **timed},
+        {"config": {"unroll": 2}, "chosen": False, "ms": 1.0, **timed},
     ]
     lines = sweep.table(results).splitlines()
-    assert [line.split("  ")[-1].strip() for line in lines[:2]] == ["block=1", "as it is"]
-    assert lines[2].endswith("failed: warps=8: out of resources")
+    assert [line.split("  ")[-1] for line in lines[:1]] == ["unroll=2"]
+    assert lines[1].endswith("unroll=1  <- as it is") and "90.0% of clone" in lines[1]
+    assert lines[2].endswith("failed: unroll=8: out of resources") and len(lines) == 3
+
+
+@pytest.fixture
+def one(monkeypatch):
+    cases = tuple(Case("forward_backward", 2, size, "float32") for size in (1100, 2100))
+    made = sweep.Sweep("held_config", cases, 1.0)
+    monkeypatch.setattr(sweep, "sweeps", lambda session: [made])
+    monkeypatch.setattr(sweep, "TURNS", 1)
+    return made
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are compiled")
-def test_variants_are_timed_and_those_that_fail_are_kept(session, monkeypatch):
+def test_variants_are_timed_and_those_that_fail_are_kept(session, one):
     """In Triton's interpreter, where a block that is no power of two does not compile either."""
     pytest.importorskip("triton")
-    case = Case("forward_backward", 2, 1100, "float32")
-    one = sweep.Sweep("stream_config", case)
-    monkeypatch.setattr(sweep, "sweeps", lambda session: [one])
-    monkeypatch.setattr(sweep, "TURNS", 1)
-    grid = {"stream_config": {"block_v": (1000, 256), "no_such_field": (1,)}}
-    sweep.run(session, one, grid)
+    session.deadline = float("inf")
+
+    def fields(policy, element_size):
+        assert (policy, element_size) == ("held_config", 4)
+        return iter([{"unroll": 1}, {"block_v": 1000}])
+
+    sweep.run(session, one, fields)
     results = json.loads((session.out / "sweep.json").read_text())
-    by_block = {result["config"]["block_v"]: result for result in results}
-    assert by_block[256]["ms"] > 0 and by_block[256]["gradient_error"] < 1e-5
-    assert "error" in by_block[1000] and "ms" not in by_block[1000]
-    assert len(results) == 3 and results[0]["change"] == {}
-    log = (session.out / "log.txt").read_text()
-    assert "has no field no_such_field" in log and "as it is" in log
+    timed = [r for r in results if "ms" in r]
+    assert {r["vocab_size"] for r in timed if r["config"]["unroll"] == 1} == {1100, 2100}
+    assert all(r["ms"] > 0 and r["error_of_result"] < 1e-5 for r in timed)
+    assert all(0 < r["fraction_of_clone"] for r in timed)
+    failed = [r for r in results if "ms" not in r]
+    assert failed and all(r["config"]["block_v"] == 1000 and r["error"] for r in failed)
+    assert {r["vocab_size"] for r in results if r["chosen"]} == {1100, 2100}
+    assert "as it is" in (session.out / "log.txt").read_text()
 
 
-def test_sweep_that_runs_out_of_time_says_what_is_left(session, monkeypatch):
-    one = sweep.Sweep("stream_config", Case("forward_backward", 2, 1100, "float32"))
-    monkeypatch.setattr(sweep, "sweeps", lambda session: [one])
-    monkeypatch.setattr(sweep, "_default", lambda *_: Config())
+def test_sweep_that_runs_out_of_time_says_what_is_left(session, one, monkeypatch):
+    monkeypatch.setattr(sweep, "_chosen", lambda *_: Config())
     monkeypatch.setattr(sweep, "_kernels", lambda device: __import__("contextlib").nullcontext())
     session.deadline = 0.0
-    sweep.run(session, one, {"stream_config": {"block": (1, 2, 4)}})
+    sweep.run(session, one, lambda *_: iter([{"unroll": n} for n in (1, 2, 4)]))
     assert session.left_out == [f"sweep: 3 variants of {one.label}"]
+
+
+def test_a_variant_is_compiled_without_a_gpu(tmp_path):
+    """So that a GPU does not wait for it; in a process without the interpreter."""
+    pytest.importorskip("triton")
+    code = """if True:
+        import dataclasses
+        from benchmarks import sweep
+        from benchmarks.cases import Case
+        from fused_ce.kernels import launch
+        case = Case("forward_backward", 8192, 50257, "bfloat16")
+        config = dataclasses.replace(launch.held_config(50257, 2), unroll=1, held=2)
+        assert sweep.compile_variant("sm_90", "held_config", case, config)
+        wrong = dataclasses.replace(config, unroll=4)
+        assert not sweep.compile_variant("sm_90", "held_config", case, wrong)
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.rglob("cross_entropy_forward_with_grad_kernel.cubin"))
