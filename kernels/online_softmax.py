@@ -52,7 +52,8 @@ def split_row(row_ptr, vocab_size, VEC: tl.constexpr):
     """
     address = row_ptr.to(tl.int64)
     skew = ((address & 15) // (16 // VEC)).to(tl.int32)
-    interior_ptr = tl.multiple_of((address - (address & 15) + 16).to(row_ptr.dtype), 16)
+    # as a multiple of 16 that can be seen: Triton 3.9 loses the hint of a sum with 16
+    interior_ptr = tl.multiple_of((((address >> 4) + 1) * 16).to(row_ptr.dtype), 16)
     interior_size = tl.maximum((vocab_size + skew) // VEC - 1, 0) * VEC
     return skew, interior_ptr, tl.multiple_of(interior_size, VEC)
 
@@ -156,7 +157,7 @@ def smoothing_update(
             term = tl.where(exists, term, 0.0)
         weights += weight
         terms += term
-    part_dot += part_weight * (old_max - new_max) + tl.sum(terms, axis=1)
+    part_dot = rebased_dot(part_dot, part_weight, old_max, new_max) + tl.sum(terms, axis=1)
     return part_dot, part_weight + tl.sum(weights, axis=1)
 
 

@@ -6,7 +6,6 @@ at any stride, so that (N, C, d1, ...) logits need no copy.
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from .dispatch import kernel
@@ -15,11 +14,6 @@ from .reduce import DIVISOR, GROUP_ROWS, WEIGHT_SUM, reduce_losses
 
 SUM_BLOCK = 256  # eight losses a thread of one warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-@triton.jit
-def aligned(ptr, row_stride):
-    return tl.multiple_of(ptr, 16), tl.multiple_of(row_stride, 16)
 
 
 @kernel
@@ -32,21 +26,17 @@ def cross_entropy_small_kernel(
     grad_group_stride: tl.int64, grad_row_stride: tl.int64, grad_class_stride: tl.int64,
     vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
     DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    SUM_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
+    SUM_BLOCK: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
     LOSS: tl.constexpr, REDUCE: tl.constexpr,
     GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:  # rows may share wide accesses
-        logits_ptr, logits_row_stride = aligned(logits_ptr, logits_row_stride)
-        if GRAD:
-            grad_logits_ptr, grad_row_stride = aligned(grad_logits_ptr, grad_row_stride)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_V)[None, :]
     logits_cols, grad_cols = cols, cols
     if not DENSE:  # 64-bit: times a stride of H * W
-        logits_cols = cols * logits_class_stride
-        grad_cols = cols * grad_class_stride
+        logits_cols = cols.to(tl.int64) * logits_class_stride
+        grad_cols = cols.to(tl.int64) * grad_class_stride
     exists = rows < n_rows
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
     targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
@@ -129,7 +119,6 @@ def launch_small(
         BLOCK_V=config.block_v,
         GROUP_ROWS=GROUP_ROWS,
         SUM_BLOCK=SUM_BLOCK,
-        ALIGNED=all(t.data_ptr() % 16 == 0 and t.stride(1) % 16 == 0 for t in both),
         DENSE=all(tensor.stride(2) == 1 for tensor in both),
         GROUPED=n_groups > 1,  # a division a row, which the usual contiguous batch can do without
         LOSS=losses is not None,

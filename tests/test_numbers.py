@@ -279,3 +279,23 @@ def test_both_routes_give_the_same_numbers(fused_device, dtype, vocab_size):
     assert torch.equal(loss, loss_again)
     tolerance = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(gradient, gradient_again, rtol=tolerance, atol=tolerance * 1e-3)
+
+
+@pytest.mark.parametrize("vocab_size", [65, 1100, 9001])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+def test_smoothing_of_a_huge_logit(device, vocab_size, weighted):
+    """Its distance from where the running maximum starts overflows."""
+    logits = random_logits(3, vocab_size, device=device)
+    logits[0, 5] = 1e32
+    targets = random_targets(3, classes=vocab_size, device=device)
+    weight = random_weight(vocab_size, device=device) if weighted else None
+    for route in (True, False):
+        loss, gradient, upstream = fused(
+            logits, targets, weight, label_smoothing=0.1, grad_in_forward=route
+        )
+        right, right_gradient = by_torch(
+            logits.double(), targets, None if weight is None else weight.double(),
+            upstream=upstream.double(), label_smoothing=0.1,
+        )  # fmt: skip
+        torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(gradient.double(), right_gradient, rtol=1e-5, atol=1e-7)
