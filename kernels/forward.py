@@ -5,7 +5,6 @@ import triton.language as tl
 from .dispatch import kernel
 from .online_softmax import (
     load_target,
-    loss_factors,
     row_loss,
     row_offset,
     row_statistics,
@@ -43,13 +42,10 @@ def cross_entropy_forward_kernel(
         )  # fmt: skip
         tl.store(row_max_ptr + row, row_max)
         tl.store(row_sum_ptr + row, row_sum)
-        target_factor, lse_factor, class_factor = loss_factors(
-            target, in_range, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
-            DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
+        loss, _, _, _ = row_loss(
+            row_max, row_sum, row_dot, x_target, target, in_range, weight_ptr,
+            sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing, DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
         )  # fmt: skip
-        loss = row_loss(
-            row_max, row_sum, row_dot, x_target, target_factor, lse_factor, class_factor
-        )
         tl.store(losses_ptr + row, loss)
     if REDUCE:
         n_rows = tl.num_programs(0)

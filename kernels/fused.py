@@ -16,7 +16,6 @@ from .online_softmax import (
     gradient_tile,
     load_target,
     load_tile,
-    loss_factors,
     row_loss,
     row_offset,
     row_statistics,
@@ -142,13 +141,10 @@ def cross_entropy_forward_with_grad_kernel(
             row_ptr, weight_ptr, vocab_size, 0, interior_size, True,
             DTYPE, BLOCK_V, UNROLL, HELD, EVICT, HAS_WEIGHT, HAS_SMOOTHING,
         )  # fmt: skip
-        target_factor, lse_factor, class_factor = loss_factors(
-            target, in_range, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
-            DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
+        loss, target_factor, lse_factor, class_factor = row_loss(
+            row_max, row_sum, row_dot, x_target, target, in_range, weight_ptr,
+            sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing, DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
         )  # fmt: skip
-        loss = row_loss(
-            row_max, row_sum, row_dot, x_target, target_factor, lse_factor, class_factor
-        )
         tl.store(losses_ptr + row, loss)
 
         softmax_factor = grad_loss * lse_factor / row_sum

@@ -298,11 +298,18 @@ def loss_factors(
 
 
 @triton.jit
-def row_loss(row_max, row_sum, row_dot, x_target, target_factor, lse_factor, class_factor):
-    """The loss of a row, from what `loss_factors` and `row_statistics` return."""
+def row_loss(
+    row_max, row_sum, row_dot, x_target, target, in_range, weight_ptr, weight_sum_ptr, vocab_size,
+    label_smoothing, DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """The loss of a row from its `row_statistics`, and its `loss_factors`."""
+    target_factor, lse_factor, class_factor = loss_factors(
+        target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
+        DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
     # lse - x is log(sum) + (max - x): a common offset of the logits cancels before it can round
     loss = lse_factor * tl.log(row_sum) - target_factor * (x_target - row_max)
-    return loss - class_factor * row_dot
+    return loss - class_factor * row_dot, target_factor, lse_factor, class_factor
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from .dispatch import kernel
 from .online_softmax import (
     exp_of,
     load_target,
-    loss_factors,
     rebased_dot,
     row_loss,
     row_offset,
@@ -89,13 +88,11 @@ def cross_entropy_split_kernel(
             tl.store(row_max_ptr + row, row_max)
             tl.store(row_sum_ptr + row, row_sum)
             x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(DTYPE)
-            target_factor, lse_factor, class_factor = loss_factors(
-                target, in_range, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
+            loss, _, _, _ = row_loss(
+                row_max, row_sum, row_dot, x_target, target, in_range, weight_ptr,
+                sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
                 DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
             )  # fmt: skip
-            loss = row_loss(
-                row_max, row_sum, row_dot, x_target, target_factor, lse_factor, class_factor
-            )
             tl.store(losses_ptr + row, loss)
         if MEAN:
             # So few targets that each combining program counts them: one launch less.
