@@ -340,8 +340,11 @@ def _fill_empty(loss, options):
 def _prepare(logits, targets, weight, options, dtype, splits):
     """What the row kernels need before the first row; split rows count their targets themselves."""
     n_rows = logits.shape[:2].numel()
-    workspace = Workspace(logits, dtype, n_row_counters=n_rows if splits > 1 else 0)
     sums_weights = weight is not None and options.label_smoothing > 0.0
+    workspace = Workspace(
+        logits, dtype, n_row_counters=n_rows if splits > 1 else 0,
+        counts=options.reduction != "none" or sums_weights or splits > 1,
+    )  # fmt: skip
     if n_rows and (sums_weights or options.reduction == "mean" and splits == 1):
         launch_mean_divisor(targets, weight, workspace, logits.shape[2], options)
     return workspace

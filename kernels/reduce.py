@@ -126,14 +126,15 @@ def mean_divisor_kernel(
 
 
 class Workspace:
-    """What the programs of a loss tell each other: sums in the dtype of the arithmetic, counters
-    that start at 0."""
+    """What the programs of a loss tell each other: sums in the dtype of the arithmetic, and, if
+    anything counts, counters that start at 0."""
 
-    def __init__(self, logits, dtype, n_row_counters=0):
+    def __init__(self, logits, dtype, n_row_counters=0, counts=True):
         """For rows of logits (n_groups, rows_per_group, vocab_size)."""
         n_groups = -(-logits.shape[:2].numel() // GROUP_ROWS)
         self.sums = logits.new_empty(2 + 2 * PARTIALS + n_groups, dtype=dtype)
-        self.counters = logits.new_zeros(2 + n_groups + n_row_counters, dtype=torch.int32)
+        n_counters = 2 + n_groups + n_row_counters
+        self.counters = logits.new_zeros(n_counters, dtype=torch.int32) if counts else None
 
 
 def launch_mean_divisor(targets, weight, workspace, vocab_size, options):
