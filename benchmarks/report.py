@@ -57,7 +57,7 @@ def load(results: Path) -> dict[str, list[Record]]:
 
 
 def section(records: list[Record], brief: bool = False) -> str:
-    """The tables of one machine; a brief one has gradient in forward and training alone."""
+    """The tables of one machine; a brief one leaves out what launching costs."""
     first = records[0]
     dates = sorted({record.date for record in records})
     parts = [
@@ -66,8 +66,6 @@ def section(records: list[Record], brief: bool = False) -> str:
     ]
     losses = [r for r in records if r.case.split()[0] not in ("train", "launch", "clone", "read")]
     cases = tables.by_case(losses)
-    if brief:
-        cases = [case for case in cases if next(iter(case.values())).case == "forward_backward"]
     peers = tables.peers_in(cases)
     if cases:
         rows = [tables.row(case, peers) for case in cases]
