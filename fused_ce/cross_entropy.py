@@ -1,5 +1,6 @@
 """The loss: check the arguments, see them as rows, choose who computes, hand back the result."""
 
+import math
 import numbers
 import operator
 import os
@@ -11,7 +12,7 @@ import torch
 from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose, implementation
 from fused_ce.options import LossOptions
-from fused_ce.rows import as_rows
+from fused_ce.rows import Rows, as_rows
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (
@@ -19,6 +20,20 @@ TARGET_DTYPES = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class CrossEntropyStats(NamedTuple):
+    """What a call with `return_stats=True` tells of each target; all have the targets' shape.
+
+    `lse`, `entropy` and `predictions` are of the scaled and capped logits. Ignored targets are 0
+    in them, and -1 in `predictions`; the prediction of a row that holds NaN is any class. Gradients
+    flow through the first three.
+    """
+
+    losses: torch.Tensor  # what reduction="none" returns
+    lse: torch.Tensor  # log(sum(exp(logits)))
+    entropy: torch.Tensor  # of softmax(logits), in nats
+    predictions: torch.Tensor  # the class of the largest of them, the first of several; int64
 
 
 def fused_cross_entropy(
@@ -30,33 +45,55 @@ def fused_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     dim: int | None = None,
+    sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     inplace: bool = False,
     grad_in_forward: bool | None = None,
-) -> torch.Tensor:
-    """Cross-entropy of class indices, as `torch.nn.functional.cross_entropy` computes it.
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+    """Cross-entropy of classes or probabilities, as `torch.nn.functional.cross_entropy` has it.
 
-    With s = label_smoothing, C classes and lse = log(sum(exp(logits))) of a row with target y:
-    `loss = weight[y] * (1 - s) * (lse - logits[y]) + s / C * sum_c weight[c] * (lse - logits[c])`.
+    With x = logits * logit_scale, capped, s = label_smoothing, C classes and lse =
+    log(sum(exp(x))), a row with target y and sample_weight v costs `v * (weight[y] * (1 - s) *
+    (lse - x[y]) + s / C * sum_c weight[c] * (lse - x[c]) + z_loss * lse**2)`. Probabilities p
+    stand for `sum_c weight[c] * ((1 - s) * p[c] + s / C) * (lse - x[c])` there.
 
     Args:
         logits: (C,), (N, C), (N, C, d1, ...) as torch, or (..., V) as language models; float16,
             bfloat16, float32 or float64; any strides. Arithmetic is float32 (float64 for float64).
         targets: the shape of `logits` without its class axis; any integer dtype, each in [0, C)
             or `ignore_index`. Their shape tells where the class axis is; where both readings fit,
-            as (N, C, C) with (N, C), pass `dim`.
+            as (N, C, C) with (N, C), pass `dim`. Or probabilities, floating, of the shape of
+            `logits` (of three or more axes they need `dim`); they may sum to anything.
         weight: (C,), floating: a factor per class. It receives no gradient.
         ignore_index: rows with this target are 0 in loss and gradient, whatever their logits hold.
-        reduction: "mean" (over the class weights of what is not ignored), "sum" or "none".
+        reduction: "mean" (over the class weights of what is not ignored, times sample_weight; of
+            probabilities over the rows, or their sample_weight), "sum" or "none".
         label_smoothing: in [0, 1]; how much of the target is spread evenly over the classes.
         dim: the class axis of `logits`; None lets the shape of `targets` decide.
+        sample_weight: one factor per target, in the shape that `targets` of classes have;
+            floating. It receives a gradient.
+        normalizer: what "mean" divides by instead, a positive number or a 0-d tensor on the device
+            of `logits`, for which a GPU does not stop: the number of tokens of all micro-batches,
+            say. All rows ignored is then 0 (unless a tensor is 0). It receives no gradient.
+        z_loss: adds `z_loss * lse**2` to every row that is not ignored, inside sample_weight.
+        logit_scale: multiplies the logits first; a number, it cannot be learnt.
+        softcap: then takes `softcap * tanh(logits / softcap)` of them; None does not.
         inplace: let the gradient overwrite the storage of `logits`, which saves a buffer of their
-            size; where rows share memory, or their batch axes need a copy, it cannot. Whatever
+            size; where rows share memory, or their batch axes need a copy, it does not. Whatever
             reads the logits afterwards reads the gradient. Their version counter is bumped: a
             backward that needs the logits as they were raises.
         grad_in_forward: True computes the gradient together with the loss, and backward only
             multiplies it by the upstream gradient; False reads the logits again in backward. None
-            chooses True for "mean" and "sum" except in float16, where a gradient could underflow
-            before a GradScaler's factor reaches it.
+            chooses True for "mean" and "sum", except in float16, where a gradient could underflow
+            before a GradScaler's factor reaches it, and except for stats with `inplace`.
+            Probabilities that need a gradient, and gradients through the stats, come from a second
+            reading in any case: False spares the first gradient.
+        return_stats: return `(loss, CrossEntropyStats)`, from the same pass over the logits, which
+            are then kept until backward: a gradient through the stats reads them again.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or the shape of `targets` for
@@ -68,83 +105,175 @@ def fused_cross_entropy(
             out of its range.
         IndexError: a target is out of range, on the CPU. On a GPU, where a check would stop the
             device, loss and gradient of that row are NaN; FUSED_CE_DEBUG=1 checks there too.
-        RuntimeError: backward under `create_graph=True`: not differentiable twice yet.
+        RuntimeError: backward under `create_graph=True`: not differentiable twice yet. Backward
+            through the stats where `inplace` has overwritten the logits.
     """
-    options = LossOptions(ignore_index, reduction, label_smoothing, inplace, grad_in_forward)
-    call = prepare(logits, targets, weight, dim, options)
+    options = LossOptions(
+        ignore_index, reduction, label_smoothing, inplace, grad_in_forward, normalizer, z_loss,
+        logit_scale, softcap, return_stats,
+    )  # fmt: skip
+    call = prepare(logits, targets, weight, sample_weight, dim, options)
     name = choose(logits.device)
-    if host_may_read(logits.device, name):
-        check_targets_in_range(targets, call.logits.shape[-1], ignore_index)
+    check_targets_on_host(call.rows, call.options, name)
     if name == "reference":
         from fused_ce.reference import reference
 
-        loss = reference(*call)
+        results = reference(call.rows, call.options)
     else:
-        loss = cross_entropy(*call, implementation(name))
-    return loss.view(targets.shape) if reduction == "none" else loss
-
-
-def host_may_read(device: torch.device, name: str) -> bool:
-    """Whether looking at the targets costs nothing, or was asked for at any cost."""
-    return device.type == "cpu" and name != "triton" or os.environ.get("FUSED_CE_DEBUG") == "1"
+        results = cross_entropy(call.rows, call.options, implementation(name))
+    return call.returned(results)
 
 
 class Call(NamedTuple):
-    """Checked arguments: rows of logits and targets (see rows.py), weight and options."""
+    """Checked arguments: tensors as rows, options, and the shape of a loss per target."""
 
-    logits: torch.Tensor
-    targets: torch.Tensor
-    weight: torch.Tensor | None
+    rows: Rows
     options: LossOptions
+    batch_shape: tuple[int, ...]
+
+    def returned(
+        self, results: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+        """What the user gets for (loss, losses, lse, entropy, predictions) of rows, or (loss,)."""
+        if len(results) == 1 and self.options.reduction != "none":
+            return results[0]
+        loss, *stats = results
+        if stats and self.options.reduction == "none":
+            stats[0] = loss.clone()  # or what the user does to one in place would change the other
+        stats = [of_rows.view(self.batch_shape) for of_rows in stats]
+        loss = loss.view(self.batch_shape) if self.options.reduction == "none" else loss
+        return (loss, CrossEntropyStats(*stats)) if stats else loss
 
 
 def prepare(
     logits: torch.Tensor,
     targets: torch.Tensor,
     weight: torch.Tensor | None,
+    sample_weight: torch.Tensor | None,
     dim: int | None,
     options: LossOptions,
 ) -> Call:
     """Check everything that the host can see without reading a tensor, and make rows of it."""
-    _check_tensors(logits, targets, weight)
+    _check_tensors(logits, targets, weight, sample_weight)
     check_options(options)
-    dim = class_axis(logits.shape, targets.shape, dim)
+    dim = class_axis(logits.shape, targets.shape, dim, targets.is_floating_point())
     vocab_size = logits.shape[dim]
     if vocab_size == 0:
         raise ValueError(f"logits need at least one class, got {tuple(logits.shape)}")
-    _check_weight_and_devices(logits, targets, weight, vocab_size)
-    if type(options.ignore_index) is not int or type(options.label_smoothing) is not float:
-        options = replace(  # NumPy's, say, which a kernel cannot take
-            options,
-            ignore_index=operator.index(options.ignore_index),
-            label_smoothing=float(options.label_smoothing),
+    batch_shape = logits.shape[:dim] + logits.shape[dim + 1 :]
+    _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_shape)
+    if targets.is_floating_point() and options.ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index needs targets of class indices, got {options.ignore_index} with "
+            "probabilities: to leave rows out, give them a sample_weight of 0"
         )
-    return Call(*as_rows(logits, targets, dim), weight, options)
+    normalizer = None
+    if options.normalizer is not None:
+        normalizer, options = _checked_normalizer(options, logits.device)
+    if sample_weight is not None:
+        sample_weight = sample_weight.reshape(-1)
+    rows = Rows(*as_rows(logits, targets, dim), weight, sample_weight, normalizer)
+    return Call(rows, _with_plain_numbers(options), batch_shape)
 
 
 def check_options(options: LossOptions) -> None:
     """Raise TypeError or ValueError for what no logits could make right."""
     if options.reduction not in REDUCTIONS:
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {options.reduction!r}')
-    smoothing = options.label_smoothing
-    if isinstance(smoothing, bool) or not isinstance(smoothing, numbers.Real):
-        raise TypeError(f"label_smoothing must be a number, got {smoothing!r}")
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
+    _check_number("label_smoothing", options.label_smoothing)
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
     ignore_index = options.ignore_index
     if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
-    if not isinstance(options.inplace, bool):
-        raise TypeError(f"inplace must be True or False, got {options.inplace!r}")
+    for name, value in (("z_loss", options.z_loss), ("logit_scale", options.logit_scale)):
+        _check_number(name, value)
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if options.softcap is not None:
+        _check_number("softcap", options.softcap, " or None")
+        if not 0.0 < options.softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, got {options.softcap}")
+    if options.normalizer is not None:
+        _check_normalizer(options)
+    for name, value in (("inplace", options.inplace), ("return_stats", options.return_stats)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     if not (options.grad_in_forward is None or isinstance(options.grad_in_forward, bool)):
         raise TypeError(
             f"grad_in_forward must be None, True or False, got {options.grad_in_forward!r}"
         )
 
 
-def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | None) -> int:
+def _check_number(name: str, value: object, or_else: str = "") -> None:
+    if type(value) is float:  # as nearly always: the question below takes longer
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        got = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        hint = "; it gets no gradient: pass .item()" if isinstance(value, torch.Tensor) else ""
+        raise TypeError(f"{name} must be a number{or_else}, got {got}{hint}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a number beyond float64") from None
+
+
+def _check_normalizer(options: LossOptions) -> None:
+    normalizer = options.normalizer
+    if options.reduction != "mean":
+        raise ValueError(
+            f'normalizer replaces what "mean" divides by, got reduction={options.reduction!r}: '
+            'divide that yourself, or pass reduction="mean"'
+        )
+    if not isinstance(normalizer, torch.Tensor):
+        _check_number("normalizer", normalizer, " or a 0-d tensor")
+        if not 0.0 < normalizer < math.inf:
+            raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
+    elif normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a 0-d tensor, got {tuple(normalizer.shape)}")
+    elif normalizer.is_complex() or normalizer.dtype == torch.bool:
+        raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}")
+    elif normalizer.requires_grad and torch.is_grad_enabled():
+        raise ValueError("normalizer gets no gradient: pass normalizer.detach()")
+
+
+def _checked_normalizer(
+    options: LossOptions, device: torch.device
+) -> tuple[torch.Tensor | None, LossOptions]:
+    """The normalizer as a tensor on the device, or None and as a float in the options."""
+    normalizer = options.normalizer
+    if not isinstance(normalizer, torch.Tensor):
+        return None, options
+    if normalizer.device == device:
+        return normalizer.detach(), replace(options, normalizer=None)
+    if normalizer.device.type == "cpu":  # the host has its value already
+        options = replace(options, normalizer=normalizer.item())
+        _check_normalizer(options)
+        return None, options
+    raise ValueError(f"logits on {device} need normalizer there, got {normalizer.device}")
+
+
+def _with_plain_numbers(options: LossOptions) -> LossOptions:
+    """The options without NumPy's numbers, say, which a kernel cannot take."""
+    names = ("label_smoothing", "z_loss", "logit_scale", "softcap", "normalizer")
+    changed = {
+        name: float(value)
+        for name in names
+        if (value := getattr(options, name)) is not None and type(value) is not float
+    }
+    if type(options.ignore_index) is not int:
+        changed["ignore_index"] = operator.index(options.ignore_index)
+    return replace(options, **changed) if changed else options
+
+
+def class_axis(
+    logits_shape: torch.Size,
+    targets_shape: torch.Size,
+    dim: int | None,
+    probabilities: bool = False,
+) -> int:
     """The class axis of the logits: `dim` if given, else the one that the targets' shape leaves."""
     shape, got = tuple(logits_shape), tuple(targets_shape)
     if len(shape) == 0:
@@ -155,6 +284,16 @@ def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | N
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} is out of range for logits {shape}")
         dim %= len(shape)
+    if probabilities:
+        if got != shape:
+            raise ValueError(f"logits {shape} need probabilities {shape}, got {got}")
+        if dim is None and len(shape) > 2:
+            raise ValueError(
+                f"logits {shape} with probabilities could have their classes on axis 1, as torch "
+                "reads them, or on the last axis, as language models do: pass dim=1 or dim=-1"
+            )
+        return len(shape) - 1 if dim is None else dim
+    if dim is not None:
         need = shape[:dim] + shape[dim + 1 :]
         if got != need:
             raise ValueError(f"logits {shape} with dim={dim} need targets {need}, got {got}")
@@ -175,7 +314,7 @@ def class_axis(logits_shape: torch.Size, targets_shape: torch.Size, dim: int | N
     raise ValueError(f"logits {shape} need targets {need}, got {got}")
 
 
-def _check_tensors(logits, targets, weight) -> None:
+def _check_tensors(logits, targets, weight, sample_weight) -> None:
     for name, value in (("logits", logits), ("targets", targets)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -184,42 +323,58 @@ def _check_tensors(logits, targets, weight) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if targets.dtype not in TARGET_DTYPES:
-        hint = "; probabilities are not supported yet" if targets.shape == logits.shape else ""
-        raise TypeError(
-            f"targets must be class indices of an integer dtype, got {targets.dtype}{hint}"
-        )
-    if weight is not None and not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight must be a torch.Tensor or None, got {type(weight).__name__}")
-    if weight is not None and not weight.is_floating_point():
-        raise TypeError(f"weight must be floating, got {weight.dtype}")
+        if targets.dtype not in LOGITS_DTYPES or targets.shape != logits.shape:
+            raise TypeError(
+                "targets must be class indices of an integer dtype, or probabilities of the "
+                f"logits' shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
+            )
+    for name, value in (("weight", weight), ("sample_weight", sample_weight)):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
+        if not value.is_floating_point():
+            hint = f": pass {name}.float()" if name == "sample_weight" else ""
+            raise TypeError(f"{name} must be floating, got {value.dtype}{hint}")
 
 
-def _check_weight_and_devices(logits, targets, weight, vocab_size) -> None:
+def _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_shape) -> None:
     if weight is not None and tuple(weight.shape) != (vocab_size,):
         raise ValueError(
             f"{vocab_size} classes need weight ({vocab_size},), got {tuple(weight.shape)}"
         )
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight gets no gradient: pass weight.detach()")
-    for name, tensor in (("targets", targets), ("weight", weight)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"logits on {logits.device} need {name} there, got {tensor.device}")
+    if sample_weight is not None and sample_weight.shape != batch_shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need one factor per target, sample_weight "
+            f"{tuple(batch_shape)}, got {tuple(sample_weight.shape)}; sample_weight.expand makes "
+            "one per token of one per sequence"
+        )
+    device = logits.device
+    others = (("targets", targets), ("weight", weight), ("sample_weight", sample_weight))
+    for name, tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"logits on {device} need {name} there, got {tensor.device}")
 
 
-def check_targets_in_range(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_targets_on_host(rows: Rows, options: LossOptions, name: str) -> None:
     """Raise IndexError with row and value of the first target that is no class and not ignored.
 
-    Reads the targets on the host: never on a GPU unless FUSED_CE_DEBUG asks for it.
+    Reads the targets where that costs nothing: never on a GPU unless FUSED_CE_DEBUG asks for it.
     """
-    if targets.numel() == 0:
+    on_host = rows.targets.device.type == "cpu" and name != "triton"
+    if not on_host and os.environ.get("FUSED_CE_DEBUG") != "1":
         return
-    flat = targets.reshape(-1).long()
+    if rows.has_probabilities or rows.targets.numel() == 0:
+        return
+    flat, vocab_size = rows.targets.reshape(-1).long(), rows.logits.shape[2]
     lowest, highest = (int(bound) for bound in torch.aminmax(flat))
     if lowest < 0 or highest >= vocab_size:
-        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != options.ignore_index)
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise IndexError(
                 f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
-                f"{vocab_size}, or ignore_index ({ignore_index})"
+                f"{vocab_size}, or ignore_index ({options.ignore_index})"
             )

@@ -3,8 +3,13 @@
 import torch
 from torch import nn
 
-from fused_ce.cross_entropy import check_options, fused_cross_entropy
+from fused_ce.cross_entropy import CrossEntropyStats, check_options, fused_cross_entropy
 from fused_ce.options import LossOptions
+
+OPTIONS = (
+    "ignore_index", "reduction", "label_smoothing", "dim", "normalizer", "z_loss", "logit_scale",
+    "softcap", "inplace", "grad_in_forward", "return_stats",
+)  # fmt: skip
 
 
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -12,6 +17,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
     Takes that class's arguments, in its order, and those of `fused_cross_entropy` as keywords;
     being a subclass, it stands wherever the original is expected and shares its `state_dict`.
+    Called as `module(logits, targets, sample_weight=..., normalizer=...)`, both optional.
 
     Args:
         weight: (C,), floating, or None; a buffer of the module.
@@ -21,8 +27,13 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
         dim: the class axis of the logits; None lets the shape of the targets decide.
+        normalizer: what "mean" divides by instead; `forward` takes one for its call, too.
+        z_loss: adds `z_loss * lse**2` to every row that is not ignored.
+        logit_scale: multiplies the logits first.
+        softcap: then takes `softcap * tanh(logits / softcap)` of them.
         inplace: let the gradient overwrite the storage of the logits.
         grad_in_forward: compute the gradient with the loss; None chooses.
+        return_stats: return `(loss, CrossEntropyStats)`.
 
     Raises:
         TypeError, ValueError: an option is not what `fused_cross_entropy` takes.
@@ -38,42 +49,47 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         dim: int | None = None,
+        normalizer: float | torch.Tensor | None = None,
+        z_loss: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
         inplace: bool = False,
         grad_in_forward: bool | None = None,
+        return_stats: bool = False,
     ) -> None:
         """Store the options; `forward` reads the attributes, so they may be changed later."""
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.dim = dim
+        self.normalizer = normalizer
+        self.z_loss = z_loss
+        self.logit_scale = logit_scale
+        self.softcap = softcap
         self.inplace = inplace
         self.grad_in_forward = grad_in_forward
-        check_options(
-            LossOptions(
-                self.ignore_index, self.reduction, self.label_smoothing, inplace, grad_in_forward
-            )
-        )
+        self.return_stats = return_stats
+        options = self._options()
+        del options["dim"]
+        check_options(LossOptions(**options))
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        sample_weight: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
         """The loss of logits and targets; the names are torch's, all else is the function's."""
+        options = self._options()
+        if normalizer is not None:
+            options["normalizer"] = normalizer
         return fused_cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            dim=self.dim,
-            inplace=self.inplace,
-            grad_in_forward=self.grad_in_forward,
+            input, target, self.weight, sample_weight=sample_weight, **options
         )
 
     def extra_repr(self) -> str:
         """What `print(module)` shows between the brackets."""
-        shown = (
-            "ignore_index",
-            "reduction",
-            "label_smoothing",
-            "dim",
-            "inplace",
-            "grad_in_forward",
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    def _options(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in OPTIONS}

@@ -5,7 +5,52 @@ language models, cannot be viewed as (rows, V). Two levels hold every such slice
 contiguous becomes a single group.
 """
 
+from typing import NamedTuple
+
 import torch
+
+
+class Rows(NamedTuple):
+    """The tensors of a call, checked and seen as rows; n_rows is n_groups * rows_per_group."""
+
+    logits: torch.Tensor  # (n_groups, rows_per_group, vocab_size)
+    targets: torch.Tensor  # (n_groups, rows_per_group), or probabilities like the logits
+    weight: torch.Tensor | None = None  # (vocab_size,)
+    sample_weight: torch.Tensor | None = None  # (n_rows,)
+    normalizer: torch.Tensor | None = None  # (), where it is a tensor
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether the targets are probabilities, not class indices."""
+        return self.targets.dim() == 3
+
+
+class Result(NamedTuple):
+    """What an implementation's forward finds; all but the loss only where it was asked for.
+
+    `losses` are those of "none" whatever the reduction, `unweighted` the same without
+    sample_weight, `divisor` is what "mean" divided by.
+    """
+
+    loss: torch.Tensor  # () or (n_rows,); float32, float64 for float64; so are the next four
+    losses: torch.Tensor | None = None  # (n_rows,)
+    unweighted: torch.Tensor | None = None  # (n_rows,)
+    lse: torch.Tensor | None = None  # (n_rows,)
+    entropy: torch.Tensor | None = None  # (n_rows,)
+    predictions: torch.Tensor | None = None  # (n_rows,), int64
+    divisor: torch.Tensor | None = None  # ()
+    saved: tuple[torch.Tensor | None, ...] = ()  # for the implementation's own backward
+
+
+class Upstream(NamedTuple):
+    """The gradients that reach backward; `loss` is () or (n_rows,), the others (n_rows,).
+
+    None stands for no gradient.
+    """
+
+    loss: torch.Tensor | None
+    lse: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
 
 def as_rows(
@@ -13,12 +58,16 @@ def as_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views (n_groups, rows_per_group, vocab_size) and (n_groups, rows_per_group), row-major.
 
-    Targets are copied where their layout does not fit that of the logits (8 bytes a row); the
+    Targets of the logits' shape are probabilities and seen as the logits are. Targets are copied
+    where their layout does not fit that of the logits (8 bytes a row, or all probabilities); the
     logits only where their batch axes need three or more levels of stride.
     """
     if logits.dim() == 2 and dim == 1:  # nothing to find out, on the path where microseconds show
         return logits[None], targets[None]
+    vocab_size = logits.shape[dim]
+    classes = (vocab_size,) if targets.dim() == logits.dim() else ()
     logits = logits.movedim(dim, -1)
+    targets = targets.movedim(dim, -1) if classes else targets
     split = _common_split(logits, targets)
     if split is None:
         targets = targets.contiguous()
@@ -26,17 +75,17 @@ def as_rows(
     if split is None:
         logits = logits.contiguous()
         split = 0
-    n_groups = targets.shape[:split].numel()
-    rows_per_group = targets.shape[split:].numel()
+    batch = logits.shape[:-1]
+    n_groups, rows_per_group = batch[:split].numel(), batch[split:].numel()
     return (
-        logits.view(n_groups, rows_per_group, logits.shape[-1]),
-        targets.view(n_groups, rows_per_group),
+        logits.view(n_groups, rows_per_group, vocab_size),
+        targets.view(n_groups, rows_per_group, *classes),
     )
 
 
 def _common_split(logits: torch.Tensor, targets: torch.Tensor) -> int | None:
     """The first axis from which the batch axes of both collapse, as do the axes before it."""
-    sizes = targets.shape
+    sizes = logits.shape[:-1]
     strides = [tensor.stride()[: len(sizes)] for tensor in (logits, targets)]
     for split in range(len(sizes) + 1):
         if all(
