@@ -3,6 +3,7 @@
 `implementation` is cpu.py or kernels/launch.py; both offer the same four functions.
 """
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -10,72 +11,139 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fused_ce.options import LossOptions
-from fused_ce.rows import empty_gradient, overlaps
+from fused_ce.rows import Result, Rows, Upstream, empty_gradient, overlaps
 
 
 def cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor | None,
-    options: LossOptions,
-    implementation: ModuleType,
-) -> torch.Tensor:
-    """The loss of rows (see rows.py), a scalar or (n_rows,)."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+    rows: Rows, options: LossOptions, implementation: ModuleType
+) -> tuple[torch.Tensor, ...]:
+    """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats; see rows.py.
+
+    A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
+    """
+    if forward_ad._current_level >= 0 and any(_is_dual(tensor) for tensor in rows):
         raise RuntimeError(
             "fused_cross_entropy has no forward-mode derivative: compute the loss with "
             "reference_cross_entropy, or inside `with backend('reference')`"
         )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return FusedCrossEntropy.apply(logits, targets, weight, options, implementation)
-    return implementation.forward(logits.detach(), targets, weight, options)[0]
+    needs_grad = [tensor is not None and tensor.requires_grad for tensor in rows]
+    if any(needs_grad) and torch.is_grad_enabled():
+        outputs = FusedCrossEntropy.apply(*rows, options, implementation)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    else:
+        if any(needs_grad):
+            rows = Rows(*(tensor if tensor is None else tensor.detach() for tensor in rows))
+        outputs = _outputs(implementation.forward(rows, options), options)
+    if options.return_stats and options.reduction == "none":
+        return outputs[0], *outputs
+    return outputs
+
+
+def _is_dual(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _outputs(result: Result, options: LossOptions) -> tuple[torch.Tensor, ...]:
+    """(loss,), or (loss, losses, lse, entropy, predictions), losses only where loss is not they."""
+    if not options.return_stats:
+        return (result.loss,)
+    losses = () if options.reduction == "none" else (result.losses,)
+    return result.loss, *losses, result.lse, result.entropy, result.predictions
 
 
 class FusedCrossEntropy(torch.autograd.Function):
     """Loss whose gradient is made in forward, or in backward from the saved row statistics."""
 
     @staticmethod
-    def forward(ctx, logits, targets, weight, options, implementation):
-        """Rows to loss; saves the finished gradient, or what backward needs to make it."""
+    def forward(ctx, logits, targets, weight, sample_weight, normalizer, options, implementation):
+        """Rows to loss, and stats if asked for; saves what backward needs."""
+        needs_logits, needs_targets, _, needs_sample_weight, *_ = ctx.needs_input_grad
         ctx.options, ctx.implementation = options, implementation
-        if options.makes_grad_in_forward(logits.dtype):
+        ctx.set_materialize_grads(False)  # a stat that nobody uses costs backward nothing
+        rows = Rows(logits, targets, weight, sample_weight, normalizer)
+        # Probabilities get their gradient from a second reading, which the logits then share.
+        ctx.in_forward = (
+            needs_logits and not needs_targets and options.makes_grad_in_forward(logits.dtype)
+        )
+        if ctx.in_forward:
             grad_logits = _gradient_storage(logits, options)
-            loss = implementation.forward_with_grad(logits, targets, weight, options, grad_logits)
-            if grad_logits.data_ptr() == logits.data_ptr():
+            result = implementation.forward_with_grad(
+                rows, options, grad_logits, needs_sample_weight
+            )
+            overwritten = _is_over(grad_logits, logits)
+            if overwritten:
                 increment_version(logits)
-            ctx.save_for_backward(grad_logits)
-            return loss
-        loss, *stats = implementation.forward(logits, targets, weight, options)
-        ctx.save_for_backward(logits, targets, weight, *stats)
-        return loss
+            if not options.return_stats and not needs_sample_weight:
+                ctx.save_for_backward(grad_logits)
+                return result.loss
+            if overwritten or not options.return_stats:
+                rows = rows._replace(logits=None)  # nothing reads them again
+        else:
+            grad_logits = None
+            result = implementation.forward(rows, options, needs_sample_weight)
+        loss = None
+        if needs_sample_weight and _divides_by_weights(rows, options):
+            loss = result.loss.clone()  # the user may change the other
+        ctx.save_for_backward(
+            grad_logits, *rows, loss, result.unweighted, result.divisor, *result.saved
+        )
+        outputs = _outputs(result, options)
+        if not options.return_stats:
+            return outputs[0]
+        ctx.mark_non_differentiable(result.predictions)
+        return outputs
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        """The gradient of the rows; every other argument has none."""
+    def backward(ctx, *grad_outputs):
+        """The gradients of logits, probabilities and sample_weight; the rest has none."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_cross_entropy cannot be differentiated twice (create_graph=True): compute "
                 "the loss with reference_cross_entropy, or inside `with backend('reference')`"
             )
-        saved = ctx.saved_tensors
-        if len(saved) == 1:  # the finished gradient
-            (grad_logits,) = saved
-            # In place costs no memory, but a graph that is kept needs this gradient once more.
-            kept = _graph_is_kept()
-            out = empty_gradient(grad_logits) if kept else grad_logits
-            ctx.implementation.scale(grad_logits, grad_loss, out)
-            if not kept:
-                increment_version(out)  # for whoever else holds it, a saved-tensor hook say
-            return out, None, None, None, None
-        logits, targets, weight, *stats = saved
-        logits = logits.detach()
-        out = _gradient_storage(logits, ctx.options)
-        ctx.implementation.backward(
-            grad_loss, logits, targets, weight, tuple(stats), ctx.options, out
-        )
-        if out.data_ptr() == logits.data_ptr():
-            increment_version(logits)
-        return out, None, None, None, None
+        options = ctx.options
+        grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
+        finished, *saved = ctx.saved_tensors
+        if not saved:
+            return _scaled(ctx, finished, grad_loss), *(None,) * 6
+        rows, (loss, unweighted, divisor, *saved) = Rows(*saved[:5]), saved[5:]
+        needs_logits, needs_targets, _, needs_sample_weight, *_ = ctx.needs_input_grad
+        grad_logits = grad_targets = grad_sample_weight = None
+        if grad_loss is None and grad_losses is None:
+            needs_targets = needs_sample_weight = False  # lse and entropy know nothing of them
+        if needs_sample_weight:
+            grad_sample_weight = _of_sample_weight(
+                grad_loss, grad_losses, rows, loss, unweighted, divisor, options
+            )
+        if ctx.in_forward and grad_losses is None and grad_lse is None and grad_entropy is None:
+            if needs_logits and grad_loss is not None:
+                grad_logits = _scaled(ctx, finished, grad_loss)
+        elif needs_logits or needs_targets:
+            upstream, options = _merged(grad_loss, grad_losses, divisor, options)
+            grad_logits, grad_targets = _second_reading(
+                ctx, Upstream(upstream, grad_lse, grad_entropy), rows, finished, tuple(saved),
+                options, needs_logits, needs_targets,
+            )  # fmt: skip
+        return grad_logits, grad_targets, None, grad_sample_weight, None, None, None
+
+
+def _of_outputs(grads, options):
+    """The gradients of (loss, losses, lse, entropy) from those of `_outputs`; None for none."""
+    if not options.return_stats:
+        return grads[0], None, None, None
+    loss, *losses, lse, entropy, _ = grads
+    return loss, losses[0] if losses else None, lse, entropy
+
+
+def _scaled(ctx, grad_logits, grad_loss):
+    """The finished gradient times the upstream one."""
+    # In place costs no memory, but a graph that is kept needs this gradient once more.
+    kept = _graph_is_kept()
+    out = empty_gradient(grad_logits) if kept else grad_logits
+    ctx.implementation.scale(grad_logits, grad_loss, out)
+    if not kept:
+        increment_version(out)  # for whoever else holds it, a saved-tensor hook say
+    return out
 
 
 def _graph_is_kept() -> bool:
@@ -84,8 +152,79 @@ def _graph_is_kept() -> bool:
     return True if keeps is None else keeps()
 
 
+def _merged(grad_loss, grad_losses, divisor, options):
+    """One upstream gradient of loss and losses together (None if both are), and options with its
+    reduction: a divisor of 0 does not matter where only other stats have a gradient."""
+    if grad_losses is None and grad_loss is not None:
+        return grad_loss, options
+    if grad_loss is not None:
+        grad_losses = grad_losses + (grad_loss if divisor is None else grad_loss / divisor)
+    return grad_losses, replace(options, reduction="none", normalizer=None)
+
+
+def _second_reading(ctx, upstream, rows, finished, saved, options, needs_logits, needs_targets):
+    """The gradients of logits and probabilities, whichever are needed, from one pass over both.
+
+    A finished gradient, which lacks what came through the stats, gives its memory.
+    """
+    if rows.logits is None:
+        raise RuntimeError(
+            "a gradient through the stats reads the logits again, but inplace=True has overwritten "
+            "them with their gradient: pass inplace=False, or grad_in_forward=False"
+        )
+    logits = rows.logits.detach()
+    grad_logits = None
+    if needs_logits and (finished is None or _graph_is_kept()):
+        grad_logits = _gradient_storage(logits, options)
+    elif needs_logits:
+        grad_logits = finished
+        increment_version(finished)
+    grad_targets = empty_gradient(rows.targets) if needs_targets else None
+    ctx.implementation.backward(
+        upstream, rows._replace(logits=logits), saved, options, grad_logits, grad_targets
+    )
+    if needs_logits and _is_over(grad_logits, logits):
+        increment_version(logits)
+    return grad_logits, grad_targets
+
+
+def _of_sample_weight(grad_loss, grad_losses, rows, loss, unweighted, divisor, options):
+    """The gradient of sample_weight: the losses without it, less what moves the mean's divisor."""
+    grad = torch.zeros_like(unweighted)
+    if grad_loss is not None:
+        factor = grad_loss if divisor is None else grad_loss / divisor
+        moved = 0.0
+        if _divides_by_weights(rows, options):
+            moved = loss * _target_weight(rows, unweighted.dtype)
+        grad = factor * (unweighted - moved)
+    if grad_losses is not None:
+        grad = grad + grad_losses * unweighted
+    if not rows.has_probabilities:
+        ignored = rows.targets.reshape(-1).long() == options.ignore_index
+        grad = grad.masked_fill(ignored, 0.0)
+    return grad.to(rows.sample_weight.dtype)
+
+
+def _divides_by_weights(rows, options):
+    """Whether sample_weight moves what the loss is divided by."""
+    given = rows.normalizer is not None or options.normalizer is not None
+    return options.reduction == "mean" and not given
+
+
+def _target_weight(rows, dtype):
+    """weight[target], or 1; of any class where the target is out of range, its loss is NaN."""
+    if rows.weight is None or rows.has_probabilities:
+        return 1.0
+    targets = rows.targets.reshape(-1).long()
+    return rows.weight[targets.clamp(0, rows.weight.shape[0] - 1)].to(dtype)
+
+
 def _gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
     """Where the gradient of rows goes: over the logits if asked and possible, else a new buffer."""
     if options.inplace and not overlaps(logits):
         return logits.detach()
     return empty_gradient(logits)
+
+
+def _is_over(grad_logits: torch.Tensor, logits: torch.Tensor) -> bool:
+    return grad_logits.data_ptr() == logits.data_ptr() and logits.numel() > 0
