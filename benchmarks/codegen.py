@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from fused_ce.kernels import launch
 from fused_ce.kernels.dispatch import Kernel
 from fused_ce.options import LossOptions
-from fused_ce.rows import empty_gradient
+from fused_ce.rows import Rows, Upstream, empty_gradient
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -42,11 +42,20 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-OPTIONS = {  # label smoothing, class weights
-    "plain": (0.0, False),
-    "smoothing": (0.1, False),
-    "weight": (0.0, True),
-    "weight, smoothing": (0.1, True),
+OPTIONS = {  # the options, and which tensors beside logits and class indices
+    "plain": ({}, ()),
+    "smoothing": ({"label_smoothing": 0.1}, ()),
+    "weight": ({}, ("weight",)),
+    "weight, smoothing": ({"label_smoothing": 0.1}, ("weight",)),
+    "sample_weight, z_loss": ({"z_loss": 1e-4}, ("sample_weight",)),
+    "logit_scale": ({"logit_scale": 0.5}, ()),
+    "softcap": ({"softcap": 30.0}, ()),
+    "stats": ({"return_stats": True}, ()),
+    "probabilities": ({}, ("probabilities",)),
+    "everything": (
+        {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "return_stats": True},
+        ("weight", "sample_weight", "probabilities"),
+    ),
 }
 REAL_VOCABS = (65, 6148, 32000, 50257, 128256, 256000)
 BATCHES = ((1, 1), (1, 2), (16, 1), (1, 16), (3, 5))  # 1 and multiples of 16 tempt Triton
@@ -82,21 +91,17 @@ def compile_for(name: str) -> None:
 
 def launched(calls: Iterator[str]) -> list[tuple]:
     """The kernels that `launches` would launch, compiled: [(name, CompiledKernel, constants)]."""
-    return [kernel for kernels in launched_by(calls).values() for kernel in kernels]
-
-
-def launched_by(calls: Iterator[str]) -> dict[str, list[tuple]]:
-    """The same, by the function that launches them."""
-    found, kernels = {}, []
+    kernels = []
 
     def compile_only(self, grid, tensors, numbers, num_warps, **constants):
         kernel = self.jitted.warmup(*tensors, *numbers, **constants, num_warps=num_warps, grid=grid)
-        kernels.append((self.jitted.__name__, kernel, constants))
+        given = "".join("-" if tensor is None else "x" for tensor in tensors)
+        kernels.append((self.jitted.__name__, kernel, {**constants, "given": given}))
 
     with mock.patch.object(Kernel, "launch", compile_only):
-        for name in calls:
-            found[name], kernels = kernels, []
-    return found
+        for _ in calls:
+            pass
+    return kernels
 
 
 def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
@@ -106,16 +111,27 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
     # Never read or written: not a page of it is ever touched.
     storage = torch.empty(size + case.misaligned, dtype=DTYPES[case.dtype])
     logits = storage[case.misaligned :].view(*batch, case.vocab_size)
-    targets = torch.zeros(batch, dtype=torch.long)
-    smoothing, has_weight = OPTIONS[case.options]
-    weight = torch.ones(case.vocab_size) if has_weight else None
-    options = LossOptions(reduction="mean", label_smoothing=smoothing)
+    settings, tensors = OPTIONS[case.options]
+    options = LossOptions(reduction="mean", **settings)
+    rows = Rows(
+        logits,
+        torch.empty_like(logits)
+        if "probabilities" in tensors
+        else torch.zeros(batch, dtype=torch.long),
+        torch.ones(case.vocab_size) if "weight" in tensors else None,
+        torch.ones(batch[0] * batch[1]) if "sample_weight" in tensors else None,
+    )
     gradient, one = empty_gradient(logits), torch.ones(())
-    _, *stats = launch.forward(logits, targets, weight, options)
+    result = launch.forward(rows, options)
     yield "forward"
-    launch.forward_with_grad(logits, targets, weight, options, gradient)
+    launch.forward_with_grad(rows, options, gradient)
     yield "forward_with_grad"
-    launch.backward(one, logits, targets, weight, tuple(stats), options, gradient)
+    upstream, grad_targets = Upstream(one), None
+    if options.return_stats:
+        upstream = Upstream(one, result.lse, result.entropy)
+    if rows.has_probabilities:
+        grad_targets = empty_gradient(rows.targets)
+    launch.backward(upstream, rows, result.saved, options, gradient, grad_targets)
     yield "backward"
     launch.scale(gradient, one, gradient)
     yield "scale"
@@ -220,19 +236,28 @@ def binaries_by_batch(target: str) -> dict[str, int]:
         for batch in BATCHES:
             case = Case(vocab_size, "bfloat16")
             for name, kernel, constants in launched(launches(case, batch)):
-                modes = ("GROUPED", "SKIP_ONE", "LOSS", "GRAD", "UPSTREAM")
+                modes = ("GROUPED", "SKIP_ONE", "given")
                 meant = " ".join(map(str, (name, vocab_size, *map(constants.get, modes))))
                 found.setdefault(meant, set()).add(kernel.hash)
     return {meant: len(hashes) for meant, hashes in found.items()}
 
 
 def launch_names(target: str, chosen: Iterator[Case]) -> list[dict[str, list[str]]]:
-    """For each case the kernels that each function of launch.py launches."""
+    """For each case the kernels that each function of launch.py launches; none is compiled."""
     compile_for(target)
-    return [
-        {call: [name for name, *_ in kernels] for call, kernels in found.items()}
-        for found in (launched_by(launches(case)) for case in chosen)
-    ]
+    found = []
+    for case in chosen:
+        names, by_call = [], {}
+
+        def name_only(self, *_, names=names, **__):
+            names.append(self.jitted.__name__)
+
+        with mock.patch.object(Kernel, "launch", name_only):
+            for call in launches(case):
+                by_call[call] = names[:]
+                names.clear()
+        found.append(by_call)
+    return found
 
 
 def table(results: Iterator[dict]) -> Iterator[str]:

@@ -3,70 +3,145 @@
 Also the in-forward route's backward: grad_logits * grad_losses, which is nothing where that is 1.
 """
 
+import triton
 import triton.language as tl
 
 from ..rows import is_packed
+from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
 from .online_softmax import (
+    beside_interior,
+    derivative_factor,
     edge_columns,
     elements_of,
     gradient_at_target,
+    gradient_of_probabilities,
     gradient_tile,
     load_target,
     load_tile,
     loss_factors,
     row_offset,
+    smooth_of,
+    softmax_factor_of,
     split_row,
     tile_columns,
+    transform_of,
+    transformed,
 )
-from .reduce import DIVISOR, WEIGHT_SUM
+from .reduce import DIVISOR
 
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to return at once
 SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many elements
 
 
+@triton.jit
+def row_factors(
+    row, target, counts, in_range, weight_ptr, sample_weight_ptr, sums_ptr,
+    row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
+    grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, transform,
+    vocab_size, label_smoothing, z_loss, DTYPE: tl.constexpr, PROBS: tl.constexpr,
+    MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """((max, log(sum), softmax_factor, entropy_factor, class_grad, grad_share), grad_target,
+    smooth): all that `write_columns` and `gradient_at_target` have to know of a row."""
+    # An ignored row may hold NaN: it is not read, its factors are zero and so is its gradient.
+    row_max = tl.load(row_max_ptr + row, mask=counts, other=0.0)
+    row_sum = tl.load(row_sum_ptr + row, mask=counts, other=1.0)
+    log_sum = tl.log(row_sum)
+    row_weight = tl.full([], 0.0, DTYPE)
+    if row_weight_ptr is not None:
+        row_weight = tl.load(row_weight_ptr + row, mask=counts, other=0.0)
+    smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
+    target_factor, lse_factor, class_factor = loss_factors(
+        target, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, DTYPE
+    )
+    grad_loss = tl.full([], 1.0, DTYPE)
+    if grad_losses_ptr is not None:
+        grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
+    if MEAN:
+        grad_loss /= tl.load(sums_ptr + DIVISOR)
+    if sample_weight_ptr is not None:
+        grad_loss *= tl.load(sample_weight_ptr + row).to(DTYPE)
+    grad_share = grad_loss * smooth[0] if HAS_SMOOTHING else grad_loss
+
+    softmax_factor = softmax_factor_of(row_max, row_sum, lse_factor, z_loss, HAS_Z_LOSS)
+    softmax_factor *= grad_loss
+    if grad_lse_ptr is not None:
+        softmax_factor += tl.load(grad_lse_ptr + row).to(DTYPE) / row_sum
+    derivative = derivative_factor(transform, DTYPE)
+    entropy_factor = ()
+    if grad_entropy_ptr is not None:  # that of p * d is p * (d - mean of d)
+        factor = tl.load(grad_entropy_ptr + row).to(DTYPE) / row_sum
+        softmax_factor += factor * (log_sum - tl.load(entropy_ptr + row))
+        entropy_factor = (tl.where(counts, derivative * factor, 0.0),)
+    softmax_factor = tl.where(counts, derivative * softmax_factor, 0.0)
+    class_grad = tl.where(counts, derivative * grad_loss * class_factor, 0.0)
+    factors = (row_max, log_sum, softmax_factor, entropy_factor, class_grad, grad_share)
+    return factors, derivative * grad_loss * target_factor, smooth
+
+
+@triton.jit
+def write_columns(
+    x, cols, mask, weight_ptr, probs_ptr, grad_ptr, grad_probs_ptr, transform, smooth, factors,
+    SOFT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of logits and of probabilities in some columns, whichever have a place."""
+    row_max, log_sum, softmax_factor, entropy_factor, class_grad, grad_share = factors
+    weight_ptrs = weight_ptr + cols if weight_ptr is not None else None
+    if grad_ptr is not None:
+        probs_ptrs = probs_ptr + cols if probs_ptr is not None else None
+        grad = gradient_tile(
+            x, transform, row_max, softmax_factor, entropy_factor, class_grad, weight_ptrs,
+            probs_ptrs, smooth, mask, SOFT,
+        )  # fmt: skip
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + cols, grad, mask=mask, eviction_policy="evict_first")
+    if grad_probs_ptr is not None:
+        x, _ = transformed(x, transform)
+        grad = gradient_of_probabilities(
+            x - row_max, log_sum, grad_share, weight_ptrs, mask, grad_probs_ptr.dtype.element_ty
+        )
+        tl.store(grad_probs_ptr + cols, grad, mask=mask, eviction_policy="evict_first")
+
+
 @kernel
 def cross_entropy_backward_kernel(
-    logits_ptr, grad_losses_ptr, targets_ptr, weight_ptr, sums_ptr,
-    row_max_ptr, row_sum_ptr, grad_logits_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr,
+    row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
+    grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64,
     grad_group_stride: tl.int64, grad_row_stride: tl.int64,
-    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, UPSTREAM: tl.constexpr,
-    MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    grad_targets_group_stride: tl.int64, grad_targets_row_stride: tl.int64, vocab_size: tl.int32,
+    ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64,
+    logit_scale: tl.float64, softcap: tl.float64,
+    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    SOFT: tl.constexpr, CONGRUENT: tl.constexpr, MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One program a row and BLOCK_V * UNROLL of its columns: it loads them all, then stores."""
     DTYPE: tl.constexpr = row_max_ptr.dtype.element_ty
-    OUT: tl.constexpr = grad_logits_ptr.dtype.element_ty
-    VEC: tl.constexpr = 128 // OUT.primitive_bitwidth
+    IN: tl.constexpr = logits_ptr.dtype.element_ty
+    VEC: tl.constexpr = 128 // IN.primitive_bitwidth
+    PROBS: tl.constexpr = targets_ptr.dtype.element_ty.is_floating()
+    transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
     row = tl.program_id(0)
     start = tl.program_id(1) * (BLOCK_V * UNROLL)
     offset = row_offset(row, rows_per_group, targets_group_stride, targets_row_stride)
-    target, ignored, in_range = load_target(targets_ptr, offset, ignore_index, vocab_size)
-    counts = target != ignore_index
+    target, ignored, in_range = load_target(targets_ptr + offset, ignore_index, vocab_size)
+    probs_row_ptr = targets_ptr + offset if PROBS else None
+    counts = tl.full([], True, tl.int1) if PROBS else target != ignore_index
     row_ptr = logits_ptr + row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
-    offset = row_offset(row, rows_per_group, grad_group_stride, grad_row_stride)
-    grad_row_ptr = grad_logits_ptr + offset
 
-    # An ignored row may hold NaN: it is not read, its factors are zero and so is its gradient.
-    row_max = tl.load(row_max_ptr + row, mask=counts, other=0.0)
-    row_sum = tl.load(row_sum_ptr + row, mask=counts, other=1.0)
-    grad_loss = tl.full([], 1.0, DTYPE)
-    if UPSTREAM:
-        grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
-    if MEAN:
-        grad_loss /= tl.load(sums_ptr + DIVISOR)
-    target_factor, lse_factor, class_factor = loss_factors(
-        target, in_range, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
-        DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
+    factors, grad_target, smooth = row_factors(
+        row, target, counts, in_range, weight_ptr, sample_weight_ptr, sums_ptr,
+        row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
+        grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, transform,
+        vocab_size, label_smoothing, z_loss, DTYPE, PROBS, MEAN, HAS_SMOOTHING, HAS_Z_LOSS,
     )  # fmt: skip
-    softmax_factor = tl.where(counts, grad_loss * lse_factor / row_sum, 0.0)
-    class_grad = tl.where(counts, grad_loss * class_factor, 0.0)
 
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
-    _, grad_interior_ptr, _ = split_row(grad_row_ptr, vocab_size, VEC)
     cols, first = tile_columns(BLOCK_V, VEC)
     read_size = tl.where(counts, interior_size, 0)
     tiles = ()
@@ -83,28 +158,45 @@ def cross_entropy_backward_kernel(
     owns_target = in_range & counts & tl.where(in_interior, in_tiles, start == 0)
     x_target = tl.load(row_ptr + target, mask=owns_target, other=0.0).to(DTYPE)
 
+    weight_interior_ptr, probs_interior_ptr = None, None
+    grad_row_ptr, grad_interior_ptr = None, None
+    grad_probs_row_ptr, grad_probs_interior_ptr = None, None
+    if weight_ptr is not None:
+        weight_interior_ptr = weight_ptr + (VEC - skew)
+    if PROBS:
+        probs_interior_ptr = beside_interior(probs_row_ptr, VEC - skew, VEC, CONGRUENT)
+    if grad_logits_ptr is not None:
+        offset = row_offset(row, rows_per_group, grad_group_stride, grad_row_stride)
+        grad_row_ptr = grad_logits_ptr + offset
+        _, grad_interior_ptr, _ = split_row(grad_row_ptr, vocab_size, VEC)
+    if grad_targets_ptr is not None:
+        grad_probs_row_ptr = grad_targets_ptr + row_offset(
+            row, rows_per_group, grad_targets_group_stride, grad_targets_row_stride
+        )
+        grad_probs_interior_ptr = beside_interior(grad_probs_row_ptr, VEC - skew, VEC, CONGRUENT)
     tl.debug_barrier()  # in place: every load above comes before every store below
     for tile in tl.static_range(UNROLL):
-        at = start + tile * BLOCK_V + cols
-        mask = start + tile * BLOCK_V + first < interior_size
-        weight_ptrs = weight_ptr + (VEC - skew) + at if HAS_WEIGHT else None
-        grad = gradient_tile(
-            elements_of(tiles[tile], OUT, DTYPE), row_max, softmax_factor, class_grad, weight_ptrs,
-            mask, HAS_WEIGHT, HAS_SMOOTHING,
+        at = start + tile * BLOCK_V
+        x = elements_of(tiles[tile], IN, DTYPE)
+        if len(transform) > 0:
+            x = tl.where(counts, x, 0.0)  # it was masked with -inf, and 0 * inf is NaN
+        write_columns(
+            x, at + cols, at + first < interior_size,
+            weight_interior_ptr, probs_interior_ptr, grad_interior_ptr, grad_probs_interior_ptr,
+            transform, smooth, factors, SOFT,
         )  # fmt: skip
-        tl.store(grad_interior_ptr + at, grad.to(OUT), mask=mask, eviction_policy="evict_first")
-    weight_ptrs = weight_ptr + edge if HAS_WEIGHT else None
-    grad = gradient_tile(
-        x_edge, row_max, softmax_factor, class_grad, weight_ptrs, is_edge,
-        HAS_WEIGHT, HAS_SMOOTHING,
+    write_columns(
+        x_edge, edge, is_edge, weight_ptr, probs_row_ptr, grad_row_ptr, grad_probs_row_ptr,
+        transform, smooth, factors, SOFT,
     )  # fmt: skip
-    tl.store(grad_row_ptr + edge, grad.to(OUT), mask=is_edge)
-    grad = gradient_at_target(
-        x_target, row_max, softmax_factor, grad_loss, target_factor, class_grad, weight_ptr,
-        target, in_range, HAS_WEIGHT, HAS_SMOOTHING,
-    )  # fmt: skip
-    tl.debug_barrier()  # the target's column is patched after the tile that covers it
-    tl.store(grad_row_ptr + target, grad.to(OUT), mask=owns_target)
+    if grad_logits_ptr is not None and not PROBS:
+        row_max, _, softmax_factor, entropy_factor, class_grad, _ = factors
+        grad = gradient_at_target(
+            x_target, transform, row_max, softmax_factor, entropy_factor, grad_target, class_grad,
+            weight_ptr, smooth, target, in_range, SOFT,
+        )  # fmt: skip
+        tl.debug_barrier()  # the target's column is patched after the tile that covers it
+        tl.store(grad_row_ptr + target, grad.to(IN), mask=owns_target)
 
 
 @kernel
@@ -154,30 +246,31 @@ def scale_kernel(
 
 
 def launch_backward(
-    grad_losses, logits, targets, weight, sums, row_max, row_sum, grad_logits, options, config
+    upstream, rows, options, sums, statistics, entropy, grad_logits, grad_targets, config
 ):
-    """Fill grad_logits (may be the logits) from dense rows.
+    """Fill grad_logits (may be the logits) and grad_targets, whichever is given, from dense rows.
 
-    grad_losses, () or (n_rows,), is the upstream gradient; None stands for 1.
+    The gradients of upstream are (n_rows,), that of the loss () too; None for it stands for 1.
     """
+    logits, targets = rows.logits, rows.targets
     n_groups, rows_per_group, vocab_size = logits.shape
     steps = -(-vocab_size // (config.block_v * config.unroll))
-    has_stride = grad_losses is not None and grad_losses.dim() > 0
+    strides = [
+        (0, 0) if grad is None else grad.stride()[:2] for grad in (grad_logits, grad_targets)
+    ]
     cross_entropy_backward_kernel.launch(
         (n_groups * rows_per_group, steps),
-        (logits, grad_losses, targets, weight, sums, row_max, row_sum, grad_logits),
+        (*rows[:4], sums, *statistics, entropy, *upstream, grad_logits, grad_targets),
         (
-            grad_losses.stride(0) if has_stride else 0,
-            rows_per_group, *logits.stride()[:2], *targets.stride(), *grad_logits.stride()[:2],
-            vocab_size, options.ignore_index, options.label_smoothing,
+            upstream.loss.stride(0) if upstream.loss is not None and upstream.loss.dim() else 0,
+            rows_per_group, *logits.stride()[:2], *targets.stride()[:2], *strides[0], *strides[1],
+            vocab_size, *numbers(options),
         ),
         config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
-        UPSTREAM=grad_losses is not None,
-        MEAN=options.reduction == "mean",
-        HAS_WEIGHT=weight is not None,
-        HAS_SMOOTHING=options.label_smoothing > 0.0,
+        CONGRUENT=has_congruent_targets(rows, grad_targets),
+        **constants(rows, options),
     )  # fmt: skip
 
 

@@ -2,52 +2,62 @@
 
 import triton.language as tl
 
+from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
 from .online_softmax import (
     load_target,
-    row_loss,
     row_offset,
     row_statistics,
+    smooth_of,
     split_row,
+    store_ignored,
+    store_row,
+    transform_of,
 )
-from .reduce import GROUP_ROWS, SUM_BLOCK, WEIGHT_SUM, reduce_losses
+from .reduce import GROUP_ROWS, SUM_BLOCK, reduce_losses
 
 
 @kernel
 def cross_entropy_forward_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
-    losses_ptr, loss_ptr, row_max_ptr, row_sum_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr, counters_ptr,
+    losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
+    row_max_ptr, row_sum_ptr, row_weight_ptr,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
-    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
-    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64, vocab_size: tl.int32,
+    ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64,
+    logit_scale: tl.float64, softcap: tl.float64,
     BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr,
-    REDUCE: tl.constexpr, MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
+    SOFT: tl.constexpr, CONGRUENT: tl.constexpr, MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = losses_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    PROBS: tl.constexpr = targets_ptr.dtype.element_ty.is_floating()
+    STATS: tl.constexpr = lse_ptr is not None
+    transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
     row = tl.program_id(0)
     offset = row_offset(row, rows_per_group, targets_group_stride, targets_row_stride)
-    target, ignored, in_range = load_target(targets_ptr, offset, ignore_index, vocab_size)
+    target, ignored, in_range = load_target(targets_ptr + offset, ignore_index, vocab_size)
+    probs_row_ptr = targets_ptr + offset if PROBS else None
     if ignored:
-        tl.store(losses_ptr + row, 0.0)
+        store_ignored(losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row, None)
     else:
         offset = row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
         row_ptr = logits_ptr + offset
         x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(DTYPE)
         _, _, interior_size = split_row(row_ptr, vocab_size, VEC)
-        row_max, row_sum, row_dot, _, _ = row_statistics(
-            row_ptr, weight_ptr, vocab_size, 0, interior_size, True,
-            DTYPE, BLOCK_V, UNROLL, 0, "evict_first", HAS_WEIGHT, HAS_SMOOTHING,
+        statistics, _ = row_statistics(
+            row_ptr, weight_ptr, probs_row_ptr, transform, label_smoothing, vocab_size, 0,
+            interior_size, True, DTYPE, BLOCK_V, UNROLL, 0, "evict_first", SOFT, HAS_SMOOTHING,
+            CONGRUENT, STATS,
         )  # fmt: skip
-        tl.store(row_max_ptr + row, row_max)
-        tl.store(row_sum_ptr + row, row_sum)
-        loss, _, _, _ = row_loss(
-            row_max, row_sum, row_dot, x_target, target, in_range, weight_ptr,
-            sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing, DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
+        smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
+        store_row(
+            statistics, x_target, target, in_range, weight_ptr, sample_weight_ptr, transform,
+            smooth, z_loss, vocab_size, row, losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr,
+            predictions_ptr, row_max_ptr, row_sum_ptr, row_weight_ptr, PROBS, HAS_Z_LOSS,
         )  # fmt: skip
-        tl.store(losses_ptr + row, loss)
-    if REDUCE:
+    if loss_ptr is not None:
         n_rows = tl.num_programs(0)
         reduce_losses(
             losses_ptr, loss_ptr, sums_ptr, counters_ptr, row, n_rows, n_rows,
@@ -55,24 +65,22 @@ def cross_entropy_forward_kernel(
         )  # fmt: skip
 
 
-def launch_forward(logits, targets, weight, workspace, losses, loss, stats, options, config):
-    """Fill losses and stats (row_max, row_sum), each (n_rows,), from dense rows; and loss () if
-    given."""
+def launch_forward(rows, options, workspace, outputs, statistics, config):
+    """Fill outputs and statistics from dense rows."""
+    logits, targets = rows.logits, rows.targets
     n_groups, rows_per_group, vocab_size = logits.shape
     cross_entropy_forward_kernel.launch(
         (n_groups * rows_per_group, 1),
-        (logits, targets, weight, workspace.sums, workspace.counters, losses, loss, *stats),
+        (*rows[:4], workspace.sums, workspace.counters, *outputs, *statistics),
         (
-            rows_per_group, *logits.stride()[:2], *targets.stride(),
-            vocab_size, options.ignore_index, options.label_smoothing,
+            rows_per_group, *logits.stride()[:2], *targets.stride()[:2], vocab_size,
+            *numbers(options),
         ),
         config.num_warps,
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         GROUP_ROWS=GROUP_ROWS,
         SUM_BLOCK=SUM_BLOCK,
-        REDUCE=loss is not None,
-        MEAN=options.reduction == "mean",
-        HAS_WEIGHT=weight is not None,
-        HAS_SMOOTHING=options.label_smoothing > 0.0,
+        CONGRUENT=has_congruent_targets(rows),
+        **constants(rows, options),
     )  # fmt: skip

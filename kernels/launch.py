@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..options import LossOptions
-from ..rows import is_dense, is_packed
+from ..rows import Result, Rows, Upstream, is_dense, is_packed
+from .arguments import Outputs, RowStatistics, loads_shares
 from .backward import launch_backward, launch_scale
 from .forward import launch_forward
 from .fused import launch_forward_with_grad
@@ -51,31 +52,39 @@ class SmallConfig:
 
 @functools.cache
 def stream_config(
-    vocab_size: int, element_size: int, warp_size: int = 32, class_sums: bool = False
+    vocab_size: int, element_size: int, warp_size: int = 32, heavy: bool = False
 ) -> StreamConfig:
     """For one pass over a row: a 16-byte vector a thread and tile, four tiles in flight, and more
     threads for longer rows.
 
-    Two in flight in float64, and where class weights are summed too (class_sums): else registers
-    spill.
+    Two in flight in float64, and where more is done with a logit than a softmax (heavy): else
+    registers spill.
     """
     threads = 128 if vocab_size <= 8192 else 256 if vocab_size <= 65536 else 512
     if element_size == 8:
         return _stream(min(threads, 256), element_size, warp_size, unroll=2)
-    return _stream(threads, element_size, warp_size, unroll=2 if class_sums else 4)
+    return _stream(threads, element_size, warp_size, unroll=2 if heavy else 4)
 
 
 @functools.cache
-def held_config(vocab_size: int, element_size: int, warp_size: int = 32) -> StreamConfig:
+def held_config(
+    vocab_size: int, element_size: int, warp_size: int = 32, heavy: bool = False
+) -> StreamConfig:
     """For two passes over a row: as many threads as hold it in eight vectors each, up to 1,024.
 
     Those are 32 of the 64 registers that 1,024 threads have each, whatever the block: a row of
     65,536 16-bit logits, or two of 32,768, stays on a multiprocessor. Short rows have 64 threads
     and fewer vectors: what a thread does once for its row costs 51 instructions an element at
-    V = 1,025 in all, with 128 threads 80. float64 has few of both: its arithmetic needs registers.
+    V = 1,025 in all, with 128 threads 80. float64 has few of both, its arithmetic needs registers;
+    and so have rows where more is done with a logit than a softmax (heavy): with 1,024 threads they
+    spill up to 400 bytes.
     """
     vectors = -(-vocab_size * element_size // 16)
-    most_threads, most_held, unroll = (256, 4, 2) if element_size == 8 else (1024, 8, 4)
+    most_threads, most_held, unroll = 1024, 8, 4
+    if element_size == 8:
+        most_threads, most_held, unroll = 256, 4, 2
+    elif heavy:
+        most_threads, most_held, unroll = 512, 4, 2
     threads = min(most_threads, max(64, _power_of_two(-(-vectors // most_held))))
     held = min(most_held, _power_of_two(-(-vectors // threads)))
     return _stream(threads, element_size, warp_size, min(unroll, held), held)
@@ -108,9 +117,9 @@ def small_config(vocab_size: int, warp_size: int = 32) -> SmallConfig:
 
 
 @functools.cache
-def split_config(element_size: int, warp_size: int = 32, class_sums: bool = False) -> StreamConfig:
+def split_config(element_size: int, warp_size: int = 32, heavy: bool = False) -> StreamConfig:
     """For few rows: small programs, of which there are more."""
-    return stream_config(SMALL_VOCAB, element_size, warp_size, class_sums)
+    return stream_config(SMALL_VOCAB, element_size, warp_size, heavy)
 
 
 def row_splits(n_rows: int, vocab_size: int, element_size: int) -> int:
@@ -165,106 +174,119 @@ def _choices(n_rows, vocab_size, element_size, warp_size):
     return [*rows, ("scale", stream)]
 
 
-def forward(
-    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None, options: LossOptions
-) -> tuple[torch.Tensor | None, ...]:
-    """(loss () or (n_rows,), sums, row_max, row_sum); the last three are for `backward`."""
-    with _on_device(logits):
-        dtype, weight = _compute_dtype(logits), _contiguous(weight)
-        splits = _splits(logits)
-        workspace = _prepare(logits, targets, weight, options, dtype, splits)
-        losses, loss = _outputs(logits, options, dtype)
-        row_max, row_sum = None, None
-        if _is_empty(logits):
-            _fill_empty(loss, options)
-        elif _is_small(logits):
-            config = small_config(logits.shape[2], _warp_size(logits.device))
-            launch_small(
-                logits, targets, weight, workspace.sums, options, config, dtype,
-                losses=losses, loss=loss, counters=workspace.counters,
-            )  # fmt: skip
-        else:
-            row_max, row_sum = _per_row(logits, dtype), _per_row(logits, dtype)
-            _forward_rows(
-                _dense(logits), targets, weight, workspace, losses, loss, (row_max, row_sum),
-                options, splits,
-            )  # fmt: skip
-        return losses if loss is None else loss, workspace.sums, row_max, row_sum
+def forward(rows: Rows, options: LossOptions, unweighted: bool = False) -> Result:
+    """The loss, and what else was asked for; `saved` is for `backward`."""
+    return _forward(rows, options, unweighted, None)
 
 
 def forward_with_grad(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor | None,
-    options: LossOptions,
-    grad_logits: torch.Tensor,
-) -> torch.Tensor:
-    """The loss; fills grad_logits (laid out as the logits, or they) for an upstream of 1."""
+    rows: Rows, options: LossOptions, grad_logits: torch.Tensor, unweighted: bool = False
+) -> Result:
+    """The same; fills grad_logits (laid out as the logits, or they) for an upstream of 1."""
+    return _forward(rows, options, unweighted, grad_logits)
+
+
+def _forward(rows, options, unweighted, grad_logits):
+    logits = rows.logits
     with _on_device(logits):
-        dtype, weight = _compute_dtype(logits), _contiguous(weight)
+        dtype, rows = _compute_dtype(logits), _as_kernels_take_them(rows)
         splits = _splits(logits)
-        workspace = _prepare(logits, targets, weight, options, dtype, splits)
-        losses, loss = _outputs(logits, options, dtype)
-        if _is_empty(logits):
-            _fill_empty(loss, options)
+        workspace, counts = _prepare(rows, options, dtype, splits)
+        outputs = _outputs(rows, options, dtype, unweighted)
+        statistics = RowStatistics()
+        if logits.numel() == 0:
+            _fill_empty(outputs.loss, rows, options)
         elif _is_small(logits):
             config = small_config(logits.shape[2], _warp_size(logits.device))
             launch_small(
-                logits, targets, weight, workspace.sums, options, config, dtype,
-                losses=losses, loss=loss, counters=workspace.counters, grad_logits=grad_logits,
+                rows, options, workspace.sums, workspace.counters, config, dtype,
+                outputs=outputs, grad_logits=grad_logits,
             )  # fmt: skip
-        elif splits > 1:
-            source, out = _dense_pair(logits, grad_logits)
-            stats = _per_row(logits, dtype), _per_row(logits, dtype)
-            _forward_rows(source, targets, weight, workspace, losses, loss, stats, options, splits)
-            launch_backward(
-                None, source, targets, weight, workspace.sums, *stats,
-                out, options, _stream_config(logits, splits),
-            )  # fmt: skip
-            _copy_back(out, grad_logits)
         else:
-            source, out = _dense_pair(logits, grad_logits)
-            config = held_config(logits.shape[2], logits.element_size(), _warp_size(logits.device))
-            launch_forward_with_grad(
-                source, targets, weight, workspace, losses, loss, out, options, config
+            is_read_again = grad_logits is None or options.return_stats or splits > 1
+            if is_read_again:
+                statistics = _statistics(rows, options, dtype)
+            _forward_of_long_rows(
+                rows, options, workspace, outputs, statistics, grad_logits, splits, counts
             )
-            _copy_back(out, grad_logits)
-        return losses if loss is None else loss
+    divisor = None
+    if options.reduction == "mean" and (options.return_stats or unweighted):
+        divisor = workspace.sums[0]
+    losses, loss, *asked = outputs
+    entropy = outputs.entropy
+    if entropy is not None:
+        entropy = entropy.clone()  # the user may change the other
+    saved = (workspace.sums, entropy, *statistics)
+    return Result(losses if loss is None else loss, losses, *asked, divisor, saved)
+
+
+def _forward_of_long_rows(
+    rows, options, workspace, outputs, statistics, grad_logits, splits, counts
+):
+    """One program a row, or several; for a gradient each row is held or read again."""
+    logits, dense, out = rows.logits, _dense(rows), grad_logits
+    if out is not None and dense.logits is not logits:
+        out = dense.logits  # one copy is both
+    heavy = _is_heavy(rows, options)
+    if splits == 1 and out is not None:
+        warp_size = _warp_size(logits.device)
+        config = held_config(logits.shape[2], logits.element_size(), warp_size, heavy)
+        launch_forward_with_grad(dense, options, workspace, outputs, statistics, out, config)
+    elif splits == 1:
+        config = _stream_config(logits, splits, heavy)
+        launch_forward(dense, options, workspace, outputs, statistics, config)
+    else:
+        config = _stream_config(logits, splits, heavy)
+        launch_split(dense, options, workspace, outputs, statistics, config, splits, counts)
+    if splits > 1 and out is not None:
+        launch_backward(
+            Upstream(None), dense, options, workspace.sums, statistics, None, out, None,
+            _stream_config(logits, splits),
+        )  # fmt: skip
+    if out is not grad_logits:
+        grad_logits.copy_(out)
 
 
 def backward(
-    grad_losses: torch.Tensor,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: tuple[torch.Tensor | None, ...],
+    upstream: Upstream,
+    rows: Rows,
+    saved: tuple[torch.Tensor | None, ...],
     options: LossOptions,
-    grad_logits: torch.Tensor,
+    grad_logits: torch.Tensor | None,
+    grad_targets: torch.Tensor | None = None,
 ) -> None:
-    """Fills grad_logits (laid out as the logits, or they) from the upstream () or (n_rows,)."""
-    if _is_empty(logits):
+    """Fills grad_logits (laid out as the logits, or they) and grad_targets, whichever is given."""
+    logits = rows.logits
+    if logits.numel() == 0:
         return
-    sums, row_max, row_sum = stats
+    sums, entropy, *statistics = saved
     with _on_device(logits):
-        weight = _contiguous(weight)
+        upstream = _dense_upstream(upstream, logits)
+        rows = _as_kernels_take_them(rows)
         if _is_small(logits):
             config = small_config(logits.shape[2], _warp_size(logits.device))
             launch_small(
-                logits, targets, weight, sums, options, config, _compute_dtype(logits),
-                grad_logits=grad_logits, grad_losses=grad_losses,
+                rows, options, sums, None, config, _compute_dtype(logits),
+                upstream=upstream, grad_logits=grad_logits, grad_targets=grad_targets,
             )  # fmt: skip
             return
-        source, out = _dense_pair(logits, grad_logits)
+        dense = _dense(rows)
+        out, out_targets = grad_logits, grad_targets
+        if grad_logits is not None and dense.logits is not logits:
+            out = dense.logits
+        if grad_targets is not None and not is_dense(grad_targets):
+            out_targets = torch.empty_like(dense.targets)
         launch_backward(
-            grad_losses, source, targets, weight, sums, row_max, row_sum, out, options,
+            upstream, dense, options, sums, statistics, entropy, out, out_targets,
             _stream_config(logits, _splits(logits)),
         )  # fmt: skip
         _copy_back(out, grad_logits)
+        _copy_back(out_targets, grad_targets)
 
 
 def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tensor) -> None:
     """out = grad_logits * grad_losses, () or (n_rows,); out may be grad_logits."""
-    if _is_empty(grad_logits):
+    if grad_logits.numel() == 0:
         return
     with _on_device(grad_logits):
         config = _stream_config(grad_logits)
@@ -280,10 +302,6 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
         _copy_back(dense_out, out)
 
 
-def _is_empty(logits: torch.Tensor) -> bool:
-    return logits.numel() == 0
-
-
 def _is_small(logits: torch.Tensor) -> bool:
     return logits.shape[2] <= SMALL_VOCAB
 
@@ -292,11 +310,16 @@ def _splits(logits: torch.Tensor) -> int:
     return row_splits(logits.shape[:2].numel(), logits.shape[2], logits.element_size())
 
 
-def _stream_config(logits: torch.Tensor, splits: int = 1, class_sums: bool = False) -> StreamConfig:
+def _stream_config(logits: torch.Tensor, splits: int = 1, heavy: bool = False) -> StreamConfig:
     element_size, warp_size = logits.element_size(), _warp_size(logits.device)
     if splits > 1:
-        return split_config(element_size, warp_size, class_sums)
-    return stream_config(logits.shape[2], element_size, warp_size, class_sums)
+        return split_config(element_size, warp_size, heavy)
+    return stream_config(logits.shape[2], element_size, warp_size, heavy)
+
+
+def _is_heavy(rows: Rows, options: LossOptions) -> bool:
+    """Whether the statistics of a row take many more registers than those of a softmax."""
+    return options.return_stats or options.softcap is not None or loads_shares(rows, options)
 
 
 def _warp_size(device: torch.device) -> int:
@@ -317,55 +340,90 @@ def _compute_dtype(logits):
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _contiguous(weight):
-    return None if weight is None else weight.contiguous()
+def _as_kernels_take_them(rows):
+    """Class and sample weights contiguous: a few bytes a class or row."""
+    weight, sample_weight = rows.weight, rows.sample_weight
+    if weight is None and sample_weight is None:
+        return rows
+    return rows._replace(
+        weight=None if weight is None else weight.contiguous(),
+        sample_weight=None if sample_weight is None else sample_weight.contiguous(),
+    )
 
 
 def _per_row(logits, dtype):
     return torch.empty(logits.shape[:2].numel(), dtype=dtype, device=logits.device)
 
 
-def _outputs(logits, options, dtype):
-    """Where the losses (n_rows,) and the loss () go; no loss without a reduction."""
-    losses = _per_row(logits, dtype)
-    if options.reduction == "none":
-        return losses, None
-    return losses, torch.empty((), dtype=dtype, device=logits.device)
-
-
-def _fill_empty(loss, options):
-    if loss is not None:
-        loss.fill_(torch.nan if options.reduction == "mean" else 0.0)
-
-
-def _prepare(logits, targets, weight, options, dtype, splits):
-    """What the row kernels need before the first row; split rows count their targets themselves."""
-    n_rows = logits.shape[:2].numel()
-    sums_weights = weight is not None and options.label_smoothing > 0.0
-    workspace = Workspace(
-        logits, dtype, n_row_counters=n_rows if splits > 1 else 0,
-        counts=options.reduction != "none" or sums_weights or splits > 1,
-    )  # fmt: skip
-    if n_rows and (sums_weights or options.reduction == "mean" and splits == 1):
-        launch_mean_divisor(targets, weight, workspace, logits.shape[2], options)
-    return workspace
-
-
-def _forward_rows(logits, targets, weight, workspace, losses, loss, stats, options, splits):
-    """The losses of dense rows, one program or several a row."""
-    class_sums = weight is not None and options.label_smoothing > 0.0
-    config = _stream_config(logits, splits, class_sums)
-    if splits > 1:
-        launch_split(
-            logits, targets, weight, workspace, losses, loss, stats, options, config, splits
+def _outputs(rows, options, dtype, unweighted):
+    """Places for what was asked for; no loss without a reduction."""
+    logits, loss = rows.logits, None
+    if options.reduction != "none":
+        loss = torch.empty((), dtype=dtype, device=logits.device)
+    outputs = Outputs(_per_row(logits, dtype), loss)
+    if unweighted:
+        outputs = outputs._replace(unweighted=_per_row(logits, dtype))
+    if options.return_stats:
+        outputs = outputs._replace(
+            lse=_per_row(logits, dtype),
+            entropy=_per_row(logits, dtype),
+            predictions=_per_row(logits, torch.int64),
         )
-    else:
-        launch_forward(logits, targets, weight, workspace, losses, loss, stats, options, config)
+    return outputs
+
+
+def _statistics(rows, options, dtype):
+    return RowStatistics(
+        _per_row(rows.logits, dtype),
+        _per_row(rows.logits, dtype),
+        _per_row(rows.logits, dtype) if loads_shares(rows, options) else None,
+    )
+
+
+def _fill_empty(loss, rows, options):
+    if loss is not None:
+        divides = rows.normalizer is not None or options.normalizer is not None
+        loss.fill_(torch.nan if options.reduction == "mean" and not divides else 0.0)
+
+
+def _prepare(rows, options, dtype, splits):
+    """A workspace with the divisor of a mean in it; and whether it is left to the row kernel.
+
+    Split rows count their targets themselves.
+    """
+    n_rows = rows.logits.shape[:2].numel()
+    is_mean = options.reduction == "mean"
+    workspace = Workspace(
+        rows.logits, dtype, n_row_counters=n_rows if splits > 1 else 0,
+        counts=options.reduction != "none" or splits > 1,
+    )  # fmt: skip
+    divisor = options.normalizer if rows.normalizer is None else rows.normalizer
+    if divisor is None and rows.has_probabilities and rows.sample_weight is None:
+        divisor = n_rows
+    if is_mean and divisor is not None:
+        workspace.sums[0].fill_(divisor)
+    elif is_mean and splits == 1 and n_rows:
+        launch_mean_divisor(rows, workspace, options)
+    return workspace, is_mean and divisor is None and splits > 1
+
+
+def _dense_upstream(upstream, logits):
+    """Gradients of stats contiguous, n_rows numbers each; of the loss 0 where it has none, for
+    which a kernel would take 1."""
+    loss, lse, entropy = upstream
+    return Upstream(
+        logits.new_zeros(()) if loss is None else loss,
+        None if lse is None else lse.contiguous(),
+        None if entropy is None else entropy.contiguous(),
+    )
 
 
 def _dense(rows):
     """The rows with their vocabulary contiguous: a copy only of long rows that are not."""
-    return rows if is_dense(rows) else rows.contiguous()
+    logits, targets = rows.logits, rows.targets
+    if rows.has_probabilities and not is_dense(targets):
+        rows = rows._replace(targets=targets.contiguous())
+    return rows if is_dense(logits) else rows._replace(logits=logits.contiguous())
 
 
 def _dense_pair(rows, out):

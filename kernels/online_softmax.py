@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+NOWHERE = tl.constexpr(2**30)  # the column of a maximum that no column has; exact in float32
 
 
 @triton.jit
@@ -30,6 +31,73 @@ def lowest_finite(DTYPE: tl.constexpr):
         return tl.full([], -1.7976931348623157e308, tl.float64)
     else:
         return tl.full([], -3.4028234663852886e38, tl.float32)
+
+
+@triton.jit
+def finite(difference):
+    # Of a logit and its maximum: finite, so that 0 times it is 0 where exp of it is 0.
+    return tl.maximum(difference, lowest_finite(difference.dtype))
+
+
+@triton.jit
+def transform_of(
+    logit_scale, softcap, DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """What happens to the logits first: (), (scale,) or (scale, softcap). A scale before a cap is
+    logit_scale / softcap."""
+    if HAS_SOFTCAP:
+        return (tl.full([], logit_scale, DTYPE), tl.full([], softcap, DTYPE))
+    elif HAS_SCALE:
+        return (tl.full([], logit_scale, DTYPE),)
+    else:
+        return ()
+
+
+@triton.jit
+def transformed(x, transform):
+    """(x scaled and capped, the derivative of tanh there, 1 without a cap).
+
+    -inf becomes a number under a cap, and +inf under a negative scale: what masks lanes with -inf
+    does so afterwards.
+    """
+    slope = tl.full([], 1.0, x.dtype)
+    if len(transform) > 0:
+        x = x * transform[0]
+    if len(transform) > 1:
+        x, slope = tanh(x)
+        x *= transform[1]
+    return x, slope
+
+
+@triton.jit
+def derivative_factor(transform, DTYPE: tl.constexpr):
+    """The derivative of `transformed`, but for its slope."""
+    factor = tl.full([], 1.0, DTYPE)
+    if len(transform) > 0:
+        factor *= transform[0]
+    if len(transform) > 1:
+        factor *= transform[1]
+    return factor
+
+
+@triton.jit
+def tanh(x):
+    """(tanh(x), its derivative), each to a few eps of itself; infinities are 1 and -1.
+
+    One division serves both: up to 0.4 of seven levels of Lambert's continued fraction, whose
+    terms have one sign, beyond it of (1 - e) / (1 + e) with e = exp(-2 |x|), where 1 - tanh**2
+    would cancel.
+    """
+    size = tl.abs(x)
+    e = exp_of(-2.0 * size)
+    square = x * x
+    is_small = size < 0.4
+    top = size * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+    bottom = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    bottom = tl.where(is_small, bottom, 1.0 + e)
+    result = tl.where(is_small, top, 1.0 - e) / bottom
+    slope = tl.where(is_small, 1.0 - result * result, 4.0 * e / (bottom * bottom))
+    return tl.where(x < 0.0, -result, result), slope
 
 
 @triton.jit
@@ -117,6 +185,18 @@ def elements_of(tile, IN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def logits_of(
+    tile, start, size, transform, IN: tl.constexpr, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """The transformed elements of a tile of `load_tile`; -inf from column `size` on, if given."""
+    x, _ = transformed(elements_of(tile, IN, DTYPE), transform)
+    if len(transform) > 0 and size is not None:
+        _, first = tile_columns(BLOCK_V, 128 // IN.primitive_bitwidth)
+        x = tl.where(start + first < size, x, float("-inf"))
+    return x
+
+
+@triton.jit
 def online_update(part_max, part_sum, tiles):
     """Tiles [R, VEC] into the running (max, sum) [R] of their threads, rescaled once for all."""
     new_max = part_max
@@ -129,12 +209,30 @@ def online_update(part_max, part_sum, tiles):
 
 
 @triton.jit
-def smoothing_update(
-    part_dot, part_weight, old_max, new_max, tiles, weight_interior_ptr, start, size,
-    BLOCK_V: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+def class_share(weight_ptrs, probs_ptrs, smooth, exists, like):
+    """What each class has in a soft target, in the shape and dtype of `like`.
+
+    weight * ((1 - s) * p + s / C) of probabilities, smooth being (1 - s, s / C) or (); the weight
+    alone, or 1, of a smoothed class index, whose s / C is in `loss_factors`. Where nothing exists
+    it is anything: the caller masks its sum, or its store.
+    """
+    share = tl.full(like.shape, 1.0, like.dtype)
+    if probs_ptrs is not None:
+        share = tl.load(probs_ptrs, mask=exists).to(like.dtype)
+        if len(smooth) > 0:
+            share = share * smooth[0] + smooth[1]
+    if weight_ptrs is not None:
+        share *= tl.load(weight_ptrs, mask=exists).to(like.dtype)
+    return share
+
+
+@triton.jit
+def soft_update(
+    part_dot, part_weight, old_max, new_max, tiles, weight_interior_ptr, probs_interior_ptr,
+    smooth, start, size, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Tiles into (sum of weight * (x - max), sum of weight) [R]; columns from `size` on, where
-    given, do not count.
+    """Tiles into (sum of share * (x - max), sum of share) [R]; columns from `size` on, where given,
+    do not count.
 
     The dot product is kept relative to the running maximum, so that all its terms have one sign:
     relative to anything else, a common offset or one masked logit would cancel its digits.
@@ -143,44 +241,76 @@ def smoothing_update(
     cols, first = tile_columns(BLOCK_V, VEC)
     # One sum of all tiles, not one each: a loop that adds the sum of a load twice crashes Triton
     # 3.7's thread-locality pass.
-    weights = tl.zeros([BLOCK_V // VEC, VEC], part_dot.dtype)
+    shares = tl.zeros([BLOCK_V // VEC, VEC], part_dot.dtype)
     terms = tl.zeros([BLOCK_V // VEC, VEC], part_dot.dtype)
     for tile in tl.static_range(len(tiles)):
         at = start + tile * BLOCK_V
         exists = None if size is None else at + first < size
-        weight = tl.full([BLOCK_V // VEC, VEC], 1.0, part_dot.dtype)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_interior_ptr + at + cols, mask=exists).to(part_dot.dtype)
-        term = weight * (tiles[tile] - new_max[:, None])
+        weight_ptrs = None if weight_interior_ptr is None else weight_interior_ptr + at + cols
+        probs_ptrs = None if probs_interior_ptr is None else probs_interior_ptr + at + cols
+        share = class_share(weight_ptrs, probs_ptrs, smooth, exists, tiles[tile])
+        term = share * (tiles[tile] - new_max[:, None])
         if exists is not None:
-            weight = tl.where(exists, weight, 0.0)
+            share = tl.where(exists, share, 0.0)
             term = tl.where(exists, term, 0.0)
-        weights += weight
+        shares += share
         terms += term
     part_dot = rebased_dot(part_dot, part_weight, old_max, new_max) + tl.sum(terms, axis=1)
-    return part_dot, part_weight + tl.sum(weights, axis=1)
-
-
-@triton.jit
-def statistics_update(
-    part_max, part_sum, part_dot, part_weight, tiles, weight_interior_ptr, start, size,
-    BLOCK_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-):  # fmt: skip
-    new_max, part_sum = online_update(part_max, part_sum, tiles)
-    if HAS_SMOOTHING:
-        part_dot, part_weight = smoothing_update(
-            part_dot, part_weight, part_max, new_max, tiles, weight_interior_ptr, start, size,
-            BLOCK_V, HAS_WEIGHT,
-        )  # fmt: skip
-    return new_max, part_sum, part_dot, part_weight
+    return part_dot, part_weight + tl.sum(shares, axis=1)
 
 
 @triton.jit
 def rebased_dot(part_dot, part_weight, part_max, row_max):
-    """Sums of weight * (x - part_max) as ones of weight * (x - row_max)."""
-    # Who saw no column still has the lowest finite maximum: finite, so that 0 times it is 0.
-    difference = tl.maximum(part_max - row_max, lowest_finite(part_dot.dtype))
-    return part_dot + part_weight * difference
+    """Sums of share * (x - part_max) as ones of share * (x - row_max)."""
+    # Who saw no column still has the lowest finite maximum.
+    return part_dot + part_weight * finite(part_max - row_max)
+
+
+@triton.jit
+def rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max):
+    """Sums of exp(d) * d, where d is x - part_max, as ones of x - row_max."""
+    difference = finite(part_max - row_max)
+    rebase = exp_of(difference)
+    return part_exp_dot * rebase + part_sum * (rebase * difference)
+
+
+@triton.jit
+def entropy_update(part_exp_dot, part_sum, part_argmax, old_max, new_max, tiles, first_col):
+    """Tiles whose first column is first_col into (sum of exp(d) * d, the first column that has the
+    maximum) [R], where d is x - max; part_sum is still that of old_max."""
+    BLOCK_V: tl.constexpr = tiles[0].shape[0] * tiles[0].shape[1]
+    cols, _ = tile_columns(BLOCK_V, tiles[0].shape[1])
+    terms = tl.zeros(tiles[0].shape, part_sum.dtype)
+    place = tl.full(tiles[0].shape, NOWHERE, tl.int32)
+    for tile in tl.static_range(len(tiles)):
+        difference = tiles[tile] - new_max[:, None]
+        terms += exp_of(difference) * finite(difference)
+        is_max = tiles[tile] == new_max[:, None]
+        place = tl.minimum(place, tl.where(is_max, first_col + tile * BLOCK_V + cols, NOWHERE))
+    part_exp_dot = rebased_exp_dot(part_exp_dot, part_sum, old_max, new_max)
+    argmax = tl.min(place, axis=1)
+    argmax = tl.where(new_max > old_max, argmax, tl.minimum(part_argmax, argmax))
+    return part_exp_dot + tl.sum(terms, axis=1), argmax
+
+
+@triton.jit
+def statistics_update(
+    part, tiles, weight_interior_ptr, probs_interior_ptr, smooth, shift, start, size,
+    BLOCK_V: tl.constexpr, SOFT: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Tiles, `start` columns into the interior, which begins at column `shift`."""
+    part_max, part_sum, part_dot, part_weight, part_exp_dot, part_argmax = part
+    new_max, new_sum = online_update(part_max, part_sum, tiles)
+    if SOFT:
+        part_dot, part_weight = soft_update(
+            part_dot, part_weight, part_max, new_max, tiles, weight_interior_ptr,
+            probs_interior_ptr, smooth, start, size, BLOCK_V,
+        )  # fmt: skip
+    if STATS:
+        part_exp_dot, part_argmax = entropy_update(
+            part_exp_dot, part_sum, part_argmax, part_max, new_max, tiles, shift + start
+        )
+    return new_max, new_sum, part_dot, part_weight, part_exp_dot, part_argmax
 
 
 @triton.jit
@@ -196,13 +326,17 @@ def streamed_size(lo, hi, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.
 
 @triton.jit
 def row_statistics(
-    row_ptr, weight_ptr, vocab_size, lo, hi, has_edges,
+    row_ptr, weight_ptr, probs_row_ptr, transform, label_smoothing, vocab_size, lo, hi, has_edges,
     DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr,
-    EVICT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    EVICT: tl.constexpr, SOFT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    CONGRUENT: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum of exp(x - max), sum of weight * (x - max), sum of weight, held) of one row, or of
-    its columns [lo, hi) of the interior and, if has_edges, those outside it; the third and fourth
-    are 0 without smoothing.
+    """(row, held) of one row, or of its columns [lo, hi) of the interior and, if has_edges, those
+    outside it. With d = x - max of the transformed logits x, row is
+
+    (max, sum of exp(d), sum of share * d, sum of share, sum of exp(d) * d, first column of max),
+
+    the third and fourth 0 unless SOFT (see `class_share`), the last two meaningless unless STATS.
 
     held is the last HELD tiles. They, or where HELD is 0 the tiles of a last loop, are all that is
     masked: the steps before need no mask, which costs each vector a compare and four moves.
@@ -211,137 +345,286 @@ def row_statistics(
     VEC: tl.constexpr = 128 // IN.primitive_bitwidth
     tl.static_assert(HELD == 0 or HELD >= UNROLL)
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
-    weight_interior_ptr = weight_ptr + (VEC - skew) if HAS_WEIGHT else None
+    shift = VEC - skew
+    weight_interior_ptr = weight_ptr + shift if weight_ptr is not None else None
+    smooth, probs_interior_ptr = (), None
+    if probs_row_ptr is not None:
+        smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
+        probs_interior_ptr = beside_interior(probs_row_ptr, shift, VEC, CONGRUENT)
     part_max = tl.zeros([BLOCK_V // VEC], DTYPE) + lowest_finite(DTYPE)
     part_sum = tl.zeros([BLOCK_V // VEC], DTYPE)
-    part_dot = tl.zeros([BLOCK_V // VEC], DTYPE)
-    part_weight = tl.zeros([BLOCK_V // VEC], DTYPE)  # of the columns that are in part_dot
+    part_argmax = tl.full([BLOCK_V // VEC], NOWHERE, tl.int32)
+    part = (part_max, part_sum, part_sum, part_sum, part_sum, part_argmax)
 
-    # Between pairs and class weights the compiler would exchange elements through shared memory.
-    PAIRS: tl.constexpr = HELD > 0 or not (HAS_WEIGHT and HAS_SMOOTHING)
+    # Between pairs and loaded shares the compiler would exchange elements through shared memory.
+    LOADS: tl.constexpr = SOFT and (weight_ptr is not None or probs_row_ptr is not None)
+    PAIRS: tl.constexpr = HELD > 0 or not LOADS
     rest = lo + streamed_size(lo, hi, BLOCK_V, UNROLL, HELD)
     for start in tl.range(lo, rest, BLOCK_V * UNROLL):
         tiles = ()
         for i in tl.static_range(UNROLL):
             tile = load_tile(interior_ptr, start + i * BLOCK_V, None, BLOCK_V, EVICT, PAIRS)
-            tiles = tiles + (elements_of(tile, IN, DTYPE),)
-        part_max, part_sum, part_dot, part_weight = statistics_update(
-            part_max, part_sum, part_dot, part_weight, tiles, weight_interior_ptr, start, None,
-            BLOCK_V, HAS_WEIGHT, HAS_SMOOTHING,
+            x = logits_of(tile, start, None, transform, IN, DTYPE, BLOCK_V)
+            tiles = tiles + (x,)
+        part = statistics_update(
+            part, tiles, weight_interior_ptr, probs_interior_ptr, smooth, shift, start, None,
+            BLOCK_V, SOFT, STATS,
         )  # fmt: skip
     held = ()
     for i in tl.static_range(HELD):
         tile = load_tile(interior_ptr, rest + i * BLOCK_V, hi, BLOCK_V, "evict_first", PAIRS)
         held = held + (tile,)
     for i in tl.static_range(HELD):
-        part_max, part_sum, part_dot, part_weight = statistics_update(
-            part_max, part_sum, part_dot, part_weight, (elements_of(held[i], IN, DTYPE),),
-            weight_interior_ptr, rest + i * BLOCK_V, hi, BLOCK_V, HAS_WEIGHT, HAS_SMOOTHING,
+        start = rest + i * BLOCK_V
+        x = logits_of(held[i], start, hi, transform, IN, DTYPE, BLOCK_V)
+        part = statistics_update(
+            part, (x,), weight_interior_ptr, probs_interior_ptr, smooth, shift, start, hi,
+            BLOCK_V, SOFT, STATS,
         )  # fmt: skip
     if HELD == 0:
         for start in tl.range(rest, hi, BLOCK_V):
             tile = load_tile(interior_ptr, start, hi, BLOCK_V, EVICT, PAIRS)
-            part_max, part_sum, part_dot, part_weight = statistics_update(
-                part_max, part_sum, part_dot, part_weight, (elements_of(tile, IN, DTYPE),),
-                weight_interior_ptr, start, hi, BLOCK_V, HAS_WEIGHT, HAS_SMOOTHING,
+            x = logits_of(tile, start, hi, transform, IN, DTYPE, BLOCK_V)
+            part = statistics_update(
+                part, (x,), weight_interior_ptr, probs_interior_ptr, smooth, shift, start, hi,
+                BLOCK_V, SOFT, STATS,
             )  # fmt: skip
-
     edge, is_edge = edge_columns(skew, interior_size, tl.where(has_edges, vocab_size, 0), VEC)
-    x = tl.load(row_ptr + edge, mask=is_edge, other=float("-inf")).to(DTYPE)
-    row_max = tl.maximum(tl.max(part_max, axis=0), tl.max(x, axis=0))
-    row_max = tl.maximum(row_max, lowest_finite(DTYPE))
-    row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0)
-    row_sum += tl.sum(exp_of(x - row_max), axis=0)
-    row_dot, row_weight = tl.full([], 0.0, DTYPE), tl.full([], 0.0, DTYPE)
-    if HAS_SMOOTHING:
-        weight = tl.where(is_edge, 1.0, 0.0).to(DTYPE)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + edge, mask=is_edge, other=0.0).to(DTYPE)
-        row_dot = tl.sum(rebased_dot(part_dot, part_weight, part_max, row_max), axis=0)
-        row_dot += tl.sum(tl.where(is_edge, weight * (x - row_max), 0.0), axis=0)
-        row_weight = tl.sum(part_weight, axis=0) + tl.sum(weight, axis=0)
-    return row_max, row_sum, row_dot, row_weight, held
+    return with_edges(part, row_ptr, weight_ptr, probs_row_ptr, transform, smooth, edge, is_edge,
+                      DTYPE, SOFT, STATS), held  # fmt: skip
 
 
 @triton.jit
-def load_target(targets_ptr, offset, ignore_index, vocab_size):
-    """(target, ignored, in_range) of one row; the target is only safe to use where in range."""
-    target = tl.load(targets_ptr + offset).to(tl.int64)
-    return target, target == ignore_index, (target >= 0) & (target < vocab_size)
+def beside_interior(probs_row_ptr, shift, VEC: tl.constexpr, CONGRUENT: tl.constexpr):
+    """The probabilities of the interior. Where their rows lie as those of the logits do, element
+    for element, a vector of them begins at a multiple of 16 bytes too (8 if they are half as
+    wide), and is loaded at once."""
+    BYTES: tl.constexpr = probs_row_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ptr = probs_row_ptr + shift
+    if CONGRUENT:
+        ptr = tl.multiple_of(ptr, min(16, VEC * BYTES))
+    return ptr
+
+
+@triton.jit
+def with_edges(
+    part, row_ptr, weight_ptr, probs_row_ptr, transform, smooth, edge, is_edge,
+    DTYPE: tl.constexpr, SOFT: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """The statistics of all threads and of the edge columns as those of the row."""
+    part_max, part_sum, part_dot, part_weight, part_exp_dot, part_argmax = part
+    x, _ = transformed(tl.load(row_ptr + edge, mask=is_edge, other=0.0).to(DTYPE), transform)
+    x = tl.where(is_edge, x, float("-inf"))
+    row_max = tl.maximum(tl.max(part_max, axis=0), tl.max(x, axis=0))
+    row_max = tl.maximum(row_max, lowest_finite(DTYPE))
+    difference = x - row_max
+    exps = exp_of(difference)
+    row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0) + tl.sum(exps, axis=0)
+    row_dot, row_weight = tl.full([], 0.0, DTYPE), tl.full([], 0.0, DTYPE)
+    if SOFT:
+        weight_ptrs = weight_ptr + edge if weight_ptr is not None else None
+        probs_ptrs = probs_row_ptr + edge if probs_row_ptr is not None else None
+        share = class_share(weight_ptrs, probs_ptrs, smooth, is_edge, x)
+        row_dot = tl.sum(rebased_dot(part_dot, part_weight, part_max, row_max), axis=0)
+        row_dot += tl.sum(tl.where(is_edge, share * difference, 0.0), axis=0)
+        row_weight = tl.sum(part_weight, axis=0) + tl.sum(tl.where(is_edge, share, 0.0), axis=0)
+    row_exp_dot, row_argmax = tl.full([], 0.0, DTYPE), tl.full([], 0, tl.int32)
+    if STATS:
+        exp_dots = rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max)
+        row_exp_dot = tl.sum(exp_dots, axis=0) + tl.sum(exps * finite(difference), axis=0)
+        row_argmax = tl.minimum(
+            tl.min(tl.where(part_max == row_max, part_argmax, NOWHERE), axis=0),
+            tl.min(tl.where(x == row_max, edge, NOWHERE), axis=0),
+        )
+    return row_max, row_sum, row_dot, row_weight, row_exp_dot, row_argmax
+
+
+@triton.jit
+def load_target(targets_row_ptr, ignore_index, vocab_size):
+    """(target, ignored, in_range) of one row; the target is only safe to use where in range, and
+    never is where the targets are probabilities."""
+    if targets_row_ptr.dtype.element_ty.is_floating():
+        never = tl.full([], False, tl.int1)
+        return tl.full([], 0, tl.int64), never, never
+    else:
+        target = tl.load(targets_row_ptr).to(tl.int64)
+        return target, target == ignore_index, (target >= 0) & (target < vocab_size)
+
+
+@triton.jit
+def smooth_of(label_smoothing, vocab_size, DTYPE: tl.constexpr, HAS_SMOOTHING: tl.constexpr):
+    """(1 - s, s / C), or () without smoothing."""
+    if HAS_SMOOTHING:
+        smoothing = tl.full([], label_smoothing, DTYPE)  # a Python float in the interpreter
+        return (1.0 - smoothing, smoothing / tl.full([], vocab_size, DTYPE))
+    else:
+        return ()
 
 
 @triton.jit
 def loss_factors(
-    target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
-    DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    target, in_range, weight_ptr, row_weight, smooth, vocab_size,
+    PROBS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """(target_factor, lse_factor, class_factor) of targets of any shape: the loss of a row is
-    lse_factor * lse - target_factor * x[target] - class_factor * sum_c weight[c] * x[c], its
-    gradient lse_factor * softmax - target_factor * onehot - class_factor * weight.
+    lse_factor * lse - target_factor * x[target] - class_factor * sum_c share[c] * x[c], its
+    gradient lse_factor * softmax - target_factor * onehot - class_factor * share. row_weight is the
+    sum of the shares, where they are loaded.
 
     NaN where the target is out of range: that poisons loss and gradient of its row, and no other.
     """
-    target_factor = tl.where(in_range, 1.0, float("nan")).to(DTYPE)
-    if HAS_WEIGHT:
-        target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0).to(DTYPE)
-    lse_factor = target_factor
-    class_factor = tl.full([], 0.0, DTYPE)
-    if HAS_SMOOTHING:
-        smoothing = tl.full([], label_smoothing, DTYPE)  # a Python float in the interpreter
-        weight_sum = tl.full([], vocab_size, DTYPE)
-        class_factor = smoothing / weight_sum
-        if HAS_WEIGHT:
-            weight_sum = tl.load(weight_sum_ptr)
-        target_factor *= 1.0 - smoothing
-        lse_factor = target_factor + class_factor * weight_sum
-    return target_factor, lse_factor, class_factor
+    if PROBS:
+        return tl.zeros_like(row_weight), row_weight, tl.full([], 1.0, DTYPE)
+    else:
+        target_factor = tl.where(in_range, 1.0, float("nan")).to(DTYPE)
+        if weight_ptr is not None:
+            target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0).to(DTYPE)
+        else:
+            row_weight = tl.full([], vocab_size, DTYPE)
+        lse_factor = target_factor
+        class_factor = tl.full([], 0.0, DTYPE)
+        if len(smooth) > 0:
+            class_factor = smooth[1]
+            target_factor *= smooth[0]
+            lse_factor = target_factor + class_factor * row_weight
+        return target_factor, lse_factor, class_factor
 
 
 @triton.jit
-def row_loss(
-    row_max, row_sum, row_dot, x_target, target, in_range, weight_ptr, weight_sum_ptr, vocab_size,
-    label_smoothing, DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-):  # fmt: skip
-    """The loss of a row from its `row_statistics`, and its `loss_factors`."""
-    target_factor, lse_factor, class_factor = loss_factors(
-        target, in_range, weight_ptr, weight_sum_ptr, vocab_size, label_smoothing,
-        DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
-    )  # fmt: skip
+def loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS: tl.constexpr):
+    """The losses of rows, from their statistics and `loss_factors`."""
+    target_factor, lse_factor, class_factor = factors
     # lse - x is log(sum) + (max - x): a common offset of the logits cancels before it can round
-    loss = lse_factor * tl.log(row_sum) - target_factor * (x_target - row_max)
-    return loss - class_factor * row_dot, target_factor, lse_factor, class_factor
+    log_sum = tl.log(row_sum)
+    loss = lse_factor * log_sum - target_factor * (x_target - row_max) - class_factor * row_dot
+    if HAS_Z_LOSS:
+        lse, z_loss = row_max + log_sum, tl.full([], z_loss, row_max.dtype)
+        loss += z_loss * lse * lse
+    return loss
+
+
+@triton.jit
+def softmax_factor_of(row_max, row_sum, lse_factor, z_loss, HAS_Z_LOSS: tl.constexpr):
+    """What the exponentials of a row have in its gradient: that of z_loss * lse**2 is 2 z lse."""
+    if HAS_Z_LOSS:
+        lse_factor += 2.0 * tl.full([], z_loss, row_max.dtype) * (row_max + tl.log(row_sum))
+    return lse_factor / row_sum
 
 
 @triton.jit
 def gradient_tile(
-    x, row_max, softmax_factor, class_grad, weight_ptrs, mask,
-    HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    x, transform, row_max, softmax_factor, entropy_factor, class_grad, weight_ptrs, probs_ptrs,
+    smooth, mask, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile, but for the target's column: no compare and no division here.
+    """The gradient of a tile of logits, but for the target's column: no compare and no division.
 
-    softmax_factor is grad_loss * lse_factor / sum, class_grad is grad_loss * class_factor.
+    softmax_factor is grad_loss * `softmax_factor_of`, class_grad is grad_loss * class_factor, with
+    the `derivative_factor` in grad_loss; entropy_factor is () or (the same of grad_entropy,), whose
+    other half is in softmax_factor.
     """
-    grad = exp_of(x - row_max) * softmax_factor
-    if HAS_SMOOTHING:
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptrs, mask=mask)  # unstored lanes: anything
-            grad -= class_grad * weight.to(grad.dtype)
-        else:
-            grad -= class_grad
+    x, slope = transformed(x, transform)
+    difference = x - row_max
+    grad = exp_of(difference)
+    if len(entropy_factor) > 0:
+        grad *= softmax_factor - entropy_factor[0] * finite(difference)
+    else:
+        grad *= softmax_factor
+    if SOFT:
+        grad -= class_grad * class_share(weight_ptrs, probs_ptrs, smooth, mask, x)
+    if len(transform) > 1:
+        grad *= slope
     return grad
 
 
 @triton.jit
 def gradient_at_target(
-    x_target, row_max, softmax_factor, grad_loss, target_factor, class_grad, weight_ptr, target,
-    in_range, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    x_target, transform, row_max, softmax_factor, entropy_factor, grad_target, class_grad,
+    weight_ptr, smooth, target, in_range, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the target's logit, from float32: stored once the rest of its row is."""
-    grad = exp_of(x_target - row_max) * softmax_factor - grad_loss * target_factor
-    if HAS_SMOOTHING:
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + target, mask=in_range, other=0.0)
-            grad -= class_grad * weight.to(grad.dtype)
-        else:
-            grad -= class_grad
-    return grad
+    """The gradient of the target's logit, from float32: stored once the rest of its row is.
+
+    grad_target is grad_loss * target_factor.
+    """
+    weight_ptr = weight_ptr + target if weight_ptr is not None else None
+    grad = gradient_tile(
+        x_target, transform, row_max, softmax_factor, entropy_factor, class_grad, weight_ptr, None,
+        smooth, in_range, SOFT,
+    )  # fmt: skip
+    _, slope = transformed(x_target, transform)  # once more for the reader, not for the compiler
+    return grad - grad_target * slope
+
+
+@triton.jit
+def gradient_of_probabilities(
+    difference, log_sum, grad_share, weight_ptrs, mask, OUT: tl.constexpr
+):
+    """grad_share * weight * (lse - x): what a probability is multiplied by in the loss."""
+    grad = grad_share * (log_sum - difference)
+    if weight_ptrs is not None:
+        grad *= tl.load(weight_ptrs, mask=mask).to(grad.dtype)
+    if OUT.primitive_bitwidth == 16:  # the interpreter's float64 to bfloat16 is wrong
+        grad = grad.to(tl.float32)
+    return grad.to(OUT)
+
+
+@triton.jit
+def store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, rows, losses, mask):
+    """Of rows that count."""
+    if unweighted_ptr is not None:
+        tl.store(unweighted_ptr + rows, losses, mask=mask)
+    if sample_weight_ptr is not None:
+        losses *= tl.load(sample_weight_ptr + rows, mask=mask).to(losses.dtype)
+    tl.store(losses_ptr + rows, losses, mask=mask)
+
+
+@triton.jit
+def store_stats(
+    lse_ptr, entropy_ptr, predictions_ptr, rows, row_max, row_sum, row_exp_dot, row_argmax, mask
+):
+    """Of rows that count."""
+    log_sum = tl.log(row_sum)
+    lse = tl.where(row_max == float("inf"), row_max, row_max + log_sum)  # not inf + NaN
+    tl.store(lse_ptr + rows, lse, mask=mask)
+    tl.store(entropy_ptr + rows, log_sum - row_exp_dot / row_sum, mask=mask)
+    predictions = tl.where(row_argmax == NOWHERE, 0, row_argmax)  # all logits -inf
+    tl.store(predictions_ptr + rows, predictions.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def store_ignored(losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, rows, mask):
+    """Whatever their sample_weight is, NaN included."""
+    tl.store(losses_ptr + rows, 0.0, mask=mask)
+    if unweighted_ptr is not None:
+        tl.store(unweighted_ptr + rows, 0.0, mask=mask)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + rows, 0.0, mask=mask)
+        tl.store(entropy_ptr + rows, 0.0, mask=mask)
+        tl.store(predictions_ptr + rows, -1, mask=mask)
+
+
+@triton.jit
+def store_row(
+    statistics, x_target, target, in_range, weight_ptr, sample_weight_ptr, transform, smooth,
+    z_loss, vocab_size, row, losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
+    row_max_ptr, row_sum_ptr, row_weight_ptr,
+    PROBS: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """All that is known of a row once it is read; returns its `loss_factors`."""
+    row_max, row_sum, row_dot, row_weight, row_exp_dot, row_argmax = statistics
+    if row_max_ptr is not None:
+        tl.store(row_max_ptr + row, row_max)
+        tl.store(row_sum_ptr + row, row_sum)
+    if row_weight_ptr is not None:
+        tl.store(row_weight_ptr + row, row_weight)
+    if lse_ptr is not None:
+        store_stats(
+            lse_ptr, entropy_ptr, predictions_ptr, row, row_max, row_sum, row_exp_dot, row_argmax,
+            None,
+        )  # fmt: skip
+    x_target, _ = transformed(x_target, transform)
+    factors = loss_factors(
+        target, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, row_max.dtype
+    )
+    loss = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
+    store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, row, loss, None)
+    return factors

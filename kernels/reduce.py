@@ -18,10 +18,8 @@ SUM_BLOCK = 1024
 
 # The places in Workspace.sums
 DIVISOR = tl.constexpr(0)
-WEIGHT_SUM = tl.constexpr(1)
-COUNTS = tl.constexpr(2)
-WEIGHTS = tl.constexpr(2 + PARTIALS)
-GROUPS = tl.constexpr(2 + 2 * PARTIALS)
+COUNTS = tl.constexpr(1)
+GROUPS = tl.constexpr(1 + PARTIALS)
 
 # The places in Workspace.counters
 COUNTED = tl.constexpr(0)
@@ -55,19 +53,24 @@ def sum_of(ptr, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def target_weights(
-    targets_ptr, weight_ptr, rows, n_rows, rows_per_group, targets_group_stride,
-    targets_row_stride, vocab_size, ignore_index, DTYPE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    targets_ptr, weight_ptr, sample_weight_ptr, rows, n_rows, rows_per_group,
+    targets_group_stride, targets_row_stride, vocab_size, ignore_index, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """weight[target] (or 1) of rows, 0 of what is ignored or does not exist."""
+    """sample_weight * weight[target] of rows (1 for None), 0 of what is ignored or does not exist;
+    of probabilities the sample_weight alone."""
     exists = rows < n_rows
-    offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride)
-    targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
-    counts = exists & (targets != ignore_index)
-    if HAS_WEIGHT:
-        in_range = counts & (targets >= 0) & (targets < vocab_size)
-        return tl.load(weight_ptr + targets, mask=in_range, other=0.0).to(DTYPE)
-    else:
-        return counts.to(DTYPE)
+    counts = exists
+    weights = tl.full(rows.shape, 1.0, DTYPE)
+    if not targets_ptr.dtype.element_ty.is_floating():
+        offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride)
+        targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
+        counts = exists & (targets != ignore_index)
+        if weight_ptr is not None:
+            in_range = counts & (targets >= 0) & (targets < vocab_size)
+            weights = tl.load(weight_ptr + targets, mask=in_range, other=0.0).to(DTYPE)
+    if sample_weight_ptr is not None:
+        weights *= tl.load(sample_weight_ptr + rows, mask=counts, other=0.0).to(DTYPE)
+    return tl.where(counts, weights, 0.0)
 
 
 @triton.jit
@@ -94,35 +97,26 @@ def reduce_losses(
 
 @kernel
 def mean_divisor_kernel(
-    targets_ptr, weight_ptr, sums_ptr, counters_ptr,
+    targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr, counters_ptr,
     n_rows: tl.int32, rows_per_group: tl.int32,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64,
     vocab_size: tl.int32, ignore_index: tl.int64,
-    BLOCK: tl.constexpr, PARTIALS: tl.constexpr, HAS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
+    BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of weight[target] (or 1) over the rows that are not ignored, and that of weight."""
+    """The sum of `target_weights` over all rows."""
     DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
     part = tl.zeros([BLOCK], DTYPE)
     first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
-    if MEAN:
-        for start in tl.range(first, n_rows, step):
-            part += target_weights(
-                targets_ptr, weight_ptr, start + tl.arange(0, BLOCK), n_rows, rows_per_group,
-                targets_group_stride, targets_row_stride, vocab_size, ignore_index,
-                DTYPE, HAS_WEIGHT,
-            )  # fmt: skip
+    for start in tl.range(first, n_rows, step):
+        part += target_weights(
+            targets_ptr, weight_ptr, sample_weight_ptr, start + tl.arange(0, BLOCK), n_rows,
+            rows_per_group, targets_group_stride, targets_row_stride, vocab_size, ignore_index,
+            DTYPE,
+        )  # fmt: skip
     tl.store(sums_ptr + COUNTS + tl.program_id(0), tl.sum(part, axis=0))
-    if HAS_WEIGHT:
-        part = tl.zeros([BLOCK], DTYPE)
-        for start in tl.range(first, vocab_size, step):
-            cols = start + tl.arange(0, BLOCK)
-            part += tl.load(weight_ptr + cols, mask=cols < vocab_size, other=0.0).to(DTYPE)
-        tl.store(sums_ptr + WEIGHTS + tl.program_id(0), tl.sum(part, axis=0))
     n_parts = tl.num_programs(0)
     if is_last(counters_ptr + COUNTED, n_parts):
         tl.store(sums_ptr + DIVISOR, sum_of(sums_ptr + COUNTS, n_parts, PARTIALS))
-        if HAS_WEIGHT:
-            tl.store(sums_ptr + WEIGHT_SUM, sum_of(sums_ptr + WEIGHTS, n_parts, PARTIALS))
 
 
 class Workspace:
@@ -132,23 +126,21 @@ class Workspace:
     def __init__(self, logits, dtype, n_row_counters=0, counts=True):
         """For rows of logits (n_groups, rows_per_group, vocab_size)."""
         n_groups = -(-logits.shape[:2].numel() // GROUP_ROWS)
-        self.sums = logits.new_empty(2 + 2 * PARTIALS + n_groups, dtype=dtype)
+        self.sums = logits.new_empty(1 + PARTIALS + n_groups, dtype=dtype)
         n_counters = 2 + n_groups + n_row_counters
         self.counters = logits.new_zeros(n_counters, dtype=torch.int32) if counts else None
 
 
-def launch_mean_divisor(targets, weight, workspace, vocab_size, options):
-    """Fill what the row kernels need before their first row: DIVISOR, and WEIGHT_SUM."""
-    n_groups, rows_per_group = targets.shape
+def launch_mean_divisor(rows, workspace, options):
+    """Fill DIVISOR, which the row kernels need before their first row."""
+    targets, vocab_size = rows.targets, rows.logits.shape[2]
+    n_groups, rows_per_group = targets.shape[:2]
     n_rows = n_groups * rows_per_group
-    size = max(n_rows, vocab_size if weight is not None else 0)
     mean_divisor_kernel.launch(
-        (max(1, min(PARTIALS, -(-size // COUNT_BLOCK))), 1),
-        (targets, weight, workspace.sums, workspace.counters),
-        (n_rows, rows_per_group, *targets.stride(), vocab_size, options.ignore_index),
+        (min(PARTIALS, -(-n_rows // COUNT_BLOCK)), 1),
+        (targets, rows.weight, rows.sample_weight, workspace.sums, workspace.counters),
+        (n_rows, rows_per_group, *targets.stride()[:2], vocab_size, options.ignore_index),
         num_warps=4,
         BLOCK=COUNT_BLOCK,
         PARTIALS=PARTIALS,
-        HAS_WEIGHT=weight is not None,
-        MEAN=options.reduction == "mean",
     )

@@ -1,117 +1,214 @@
 """Tiny vocabularies: several rows a program, each whole in registers, loss and gradient at once.
 
-One kernel serves the forward (LOSS), the separate backward (GRAD) and both in one launch: a row
-is so short that computing its softmax again costs less than keeping its statistics. Classes may lie
+One kernel serves the forward, the separate backward and both in one launch, by which places for
+results it is given: a row is so short that computing its softmax again costs less than keeping its
+statistics. Classes may lie
 at any stride, so that (N, C, d1, ...) logits need no copy.
 """
 
 import torch
+import triton
 import triton.language as tl
 
+from ..rows import Upstream
+from .arguments import Outputs, constants, numbers
 from .dispatch import kernel
-from .online_softmax import exp_of, loss_factors, lowest_finite, row_offset
-from .reduce import DIVISOR, GROUP_ROWS, WEIGHT_SUM, reduce_losses
+from .online_softmax import (
+    NOWHERE,
+    class_share,
+    derivative_factor,
+    exp_of,
+    finite,
+    gradient_of_probabilities,
+    loss_factors,
+    loss_of,
+    lowest_finite,
+    row_offset,
+    smooth_of,
+    softmax_factor_of,
+    store_ignored,
+    store_losses,
+    store_stats,
+    transform_of,
+    transformed,
+)
+from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
 
 SUM_BLOCK = 256  # eight losses a thread of one warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+NO_OUTPUTS, NO_UPSTREAM = Outputs(losses=None), Upstream(loss=None)
+
+
+@triton.jit
+def small_gradients(
+    rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum, row_exp_dot,
+    factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr, sums_ptr,
+    grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, grad_ptrs, grad_probs_ptrs,
+    z_loss, DTYPE: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of logits and of probabilities, whichever have a place."""
+    target_factor, lse_factor, class_factor = factors
+    grad_losses = tl.full(rows.shape, 1.0, DTYPE)
+    if grad_losses_ptr is not None:
+        at = rows.to(tl.int64) * grad_losses_stride
+        grad_losses = tl.load(grad_losses_ptr + at, mask=exists, other=0.0).to(DTYPE)
+    if MEAN:
+        grad_losses /= tl.load(sums_ptr + DIVISOR)
+    if sample_weight_ptr is not None:
+        grad_losses *= tl.load(sample_weight_ptr + rows, mask=exists, other=0.0).to(DTYPE)
+    if grad_ptrs is not None:
+        softmax_factor = softmax_factor_of(row_max, row_sum, lse_factor, z_loss, HAS_Z_LOSS)
+        softmax_factor *= grad_losses
+        if grad_lse_ptr is not None:
+            softmax_factor += tl.load(grad_lse_ptr + rows, mask=exists).to(DTYPE) / row_sum
+        grad = exps * softmax_factor[:, None]
+        if grad_entropy_ptr is not None:
+            factor = tl.load(grad_entropy_ptr + rows, mask=exists).to(DTYPE) / row_sum
+            from_mean = (row_exp_dot / row_sum)[:, None] - finite(difference)
+            grad += exps * (factor[:, None] * from_mean)
+        grad -= tl.where(is_target, (grad_losses * target_factor)[:, None], 0.0)
+        if SOFT:
+            grad -= (grad_losses * class_factor)[:, None] * share
+        grad *= slope * derivative_factor(transform, DTYPE)
+        grad = tl.where(counts[:, None], grad, 0.0).to(grad_ptrs.dtype.element_ty)
+        tl.store(grad_ptrs, grad, mask=exists[:, None] & cols_exist)
+    if grad_probs_ptrs is not None:
+        grad_share = grad_losses * smooth[0] if len(smooth) > 0 else grad_losses
+        mask = exists[:, None] & cols_exist
+        grad = gradient_of_probabilities(
+            difference, tl.log(row_sum)[:, None], grad_share[:, None], weight_ptrs, mask,
+            grad_probs_ptrs.dtype.element_ty,
+        )  # fmt: skip
+        tl.store(grad_probs_ptrs, grad, mask=mask)
 
 
 @kernel
 def cross_entropy_small_kernel(
-    logits_ptr, grad_losses_ptr, targets_ptr, weight_ptr, sums_ptr, counters_ptr,
-    losses_ptr, loss_ptr, grad_logits_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr, counters_ptr,
+    losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
+    grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
     logits_group_stride: tl.int64, logits_row_stride: tl.int64, logits_class_stride: tl.int64,
-    targets_group_stride: tl.int64, targets_row_stride: tl.int64,
+    targets_group_stride: tl.int64, targets_row_stride: tl.int64, targets_class_stride: tl.int64,
     grad_group_stride: tl.int64, grad_row_stride: tl.int64, grad_class_stride: tl.int64,
-    vocab_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64,
+    grad_targets_group_stride: tl.int64, grad_targets_row_stride: tl.int64,
+    grad_targets_class_stride: tl.int64, vocab_size: tl.int32,
+    ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64,
+    logit_scale: tl.float64, softcap: tl.float64,
     DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_ROWS: tl.constexpr,
     SUM_BLOCK: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
-    LOSS: tl.constexpr, REDUCE: tl.constexpr,
-    GRAD: tl.constexpr, UPSTREAM: tl.constexpr,
-    MEAN: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    SOFT: tl.constexpr, MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
+    PROBS: tl.constexpr = targets_ptr.dtype.element_ty.is_floating()
+    transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
+    smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_V)[None, :]
-    logits_cols, grad_cols = cols, cols
-    if not DENSE:  # 64-bit: times a stride of H * W
-        logits_cols = cols.to(tl.int64) * logits_class_stride
-        grad_cols = cols.to(tl.int64) * grad_class_stride
-    exists = rows < n_rows
+    exists, cols_exist = rows < n_rows, cols < vocab_size
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
-    targets = tl.load(targets_ptr + offsets, mask=exists, other=0).to(tl.int64)
-    counts = exists & (targets != ignore_index)  # an ignored row may hold NaN: it is not read
-    in_range = (targets >= 0) & (targets < vocab_size)
+    targets_ptrs, counts = targets_ptr + offsets, exists
+    if PROBS:
+        targets, in_range = tl.full(rows.shape, -1, tl.int64), rows < 0
+    else:
+        targets = tl.load(targets_ptrs, mask=exists, other=0).to(tl.int64)
+        counts = exists & (targets != ignore_index)  # an ignored row may hold NaN: it is not read
+        in_range = counts & (targets >= 0) & (targets < vocab_size)
+    is_read = counts[:, None] & cols_exist
 
     offsets = row_offset(rows, rows_per_group, logits_group_stride, logits_row_stride, GROUPED)
-    x_ptrs = logits_ptr + offsets[:, None] + logits_cols
-    x = tl.load(x_ptrs, mask=counts[:, None] & (cols < vocab_size), other=float("-inf")).to(DTYPE)
+    x_ptrs = logits_ptr + offsets[:, None] + at_class(cols, logits_class_stride, DENSE)
+    x = tl.load(x_ptrs, mask=is_read, other=float("-inf")).to(DTYPE)
+    x, slope = transformed(x, transform)
+    if HAS_SCALE or HAS_SOFTCAP:
+        x = tl.where(is_read, x, float("-inf"))
     row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(DTYPE))
     difference = x - row_max[:, None]
     exps = exp_of(difference)
     row_sum = tl.sum(exps, axis=1)
+    row_exp_dot = tl.sum(exps * finite(difference), axis=1)
     is_target = cols == targets[:, None]
-    target_factor, lse_factor, class_factor = loss_factors(
-        targets, in_range & counts, weight_ptr, sums_ptr + WEIGHT_SUM, vocab_size, label_smoothing,
-        DTYPE, HAS_WEIGHT, HAS_SMOOTHING,
-    )  # fmt: skip
-    if HAS_SMOOTHING:
-        class_weight = tl.full([1, BLOCK_V], 1.0, DTYPE)
-        if HAS_WEIGHT:
-            class_weight = tl.load(weight_ptr + cols, mask=cols < vocab_size, other=0.0).to(DTYPE)
+    weight_ptrs = None
+    row_dot, row_weight = tl.zeros_like(row_sum), tl.zeros_like(row_sum)
+    share = tl.zeros_like(x)
+    if SOFT:
+        probs_ptrs = None
+        if weight_ptr is not None:
+            weight_ptrs = weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
+        if PROBS:
+            probs_ptrs = targets_ptrs[:, None] + at_class(cols, targets_class_stride, DENSE)
+        share = class_share(weight_ptrs, probs_ptrs, smooth, is_read, x)
+        share = tl.where(is_read, share, 0.0)
+        row_dot = tl.sum(tl.where(is_read, share * difference, 0.0), axis=1)
+        row_weight = tl.sum(share, axis=1)
+    factors = loss_factors(
+        targets, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, DTYPE
+    )
 
-    if LOSS:
-        x_target = tl.sum(tl.where(is_target, difference, 0.0), axis=1)
-        losses = lse_factor * tl.log(row_sum) - target_factor * x_target
-        if HAS_SMOOTHING:
-            terms = tl.where(cols < vocab_size, class_weight * difference, 0.0)
-            losses -= class_factor * tl.sum(terms, axis=1)
-        tl.store(losses_ptr + rows, tl.where(counts, losses, 0.0), mask=exists)
-
-    if GRAD:
-        grad_losses = tl.full([BLOCK_ROWS], 1.0, DTYPE)
-        if UPSTREAM:
-            at = rows.to(tl.int64) * grad_losses_stride
-            grad_losses = tl.load(grad_losses_ptr + at, mask=exists, other=0.0).to(DTYPE)
-        if MEAN:
-            grad_losses /= tl.load(sums_ptr + DIVISOR)
-        grad = exps * (grad_losses * lse_factor / row_sum)[:, None]
-        grad -= tl.where(is_target, (grad_losses * target_factor)[:, None], 0.0)
-        if HAS_SMOOTHING:
-            grad -= (grad_losses * class_factor)[:, None] * class_weight
-        grad = tl.where(counts[:, None], grad, 0.0)
-        offsets = row_offset(rows, rows_per_group, grad_group_stride, grad_row_stride, GROUPED)
-        grad_ptrs = grad_logits_ptr + offsets[:, None] + grad_cols
-        out = grad.to(grad_logits_ptr.dtype.element_ty)
-        tl.store(grad_ptrs, out, mask=exists[:, None] & (cols < vocab_size))
-    if REDUCE:
+    if losses_ptr is not None:
+        x_target = tl.sum(tl.where(is_target, x, 0.0), axis=1)
+        losses = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
+        store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, rows, losses, counts)
+        ignored = exists & (counts == 0)
+        store_ignored(
+            losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, rows, ignored
+        )
+    if lse_ptr is not None:
+        row_argmax = tl.min(tl.where(x == row_max[:, None], cols, NOWHERE), axis=1)
+        store_stats(
+            lse_ptr, entropy_ptr, predictions_ptr, rows, row_max, row_sum, row_exp_dot, row_argmax,
+            counts,
+        )  # fmt: skip
+    if grad_logits_ptr is not None or grad_targets_ptr is not None:
+        grad_ptrs, grad_probs_ptrs = None, None
+        if grad_logits_ptr is not None:
+            at = row_offset(rows, rows_per_group, grad_group_stride, grad_row_stride, GROUPED)
+            grad_ptrs = grad_logits_ptr + at[:, None] + at_class(cols, grad_class_stride, DENSE)
+        if grad_targets_ptr is not None:
+            at = row_offset(
+                rows, rows_per_group, grad_targets_group_stride, grad_targets_row_stride, GROUPED
+            )
+            at = at[:, None] + at_class(cols, grad_targets_class_stride, DENSE)
+            grad_probs_ptrs = grad_targets_ptr + at
+        small_gradients(
+            rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum,
+            row_exp_dot, factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr,
+            sums_ptr, grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr,
+            grad_ptrs, grad_probs_ptrs, z_loss, DTYPE, SOFT, MEAN, HAS_Z_LOSS,
+        )  # fmt: skip
+    if loss_ptr is not None:
         reduce_losses(
             losses_ptr, loss_ptr, sums_ptr, counters_ptr, tl.program_id(0), tl.num_programs(0),
             n_rows, BLOCK_ROWS, GROUP_ROWS, SUM_BLOCK, MEAN,
         )  # fmt: skip
 
 
-def launch_small(
-    logits, targets, weight, sums, options, config, dtype,
-    *, losses=None, loss=None, counters=None, grad_logits=None, grad_losses=None,
-):  # fmt: skip
-    """Fill losses (n_rows,), grad_logits (may be the logits) or both, whichever is given; and
-    loss () if given.
+@triton.jit
+def at_class(cols, class_stride, DENSE: tl.constexpr):
+    # 64-bit: times a stride of H * W
+    return cols if DENSE else cols.to(tl.int64) * class_stride
 
-    grad_losses, () or (n_rows,), is the upstream gradient; None stands for 1.
+
+def launch_small(
+    rows, options, sums, counters, config, dtype,
+    *, outputs=NO_OUTPUTS, upstream=NO_UPSTREAM, grad_logits=None, grad_targets=None,
+):  # fmt: skip
+    """Fill outputs, grad_logits (may be the logits) and grad_targets, whichever are given.
+
+    The gradients of upstream are (n_rows,), that of the loss () too; None for it stands for 1.
     """
+    logits, targets = rows.logits, rows.targets
     n_groups, rows_per_group, vocab_size = logits.shape
     n_rows = n_groups * rows_per_group
-    grad_strides = (0, 0, 0) if grad_logits is None else grad_logits.stride()
-    has_stride = grad_losses is not None and grad_losses.dim() > 0
-    both = [tensor for tensor in (logits, grad_logits) if tensor is not None]
+    tensors = [logits, grad_logits, grad_targets, *([targets] if rows.has_probabilities else [])]
+    strides = [(0, 0, 0) if t is None else t.stride() for t in (grad_logits, grad_targets)]
     cross_entropy_small_kernel.launch(
         (-(-n_rows // config.block_rows), 1),
-        (logits, grad_losses, targets, weight, sums, counters, losses, loss, grad_logits),
+        (*rows[:4], sums, counters, *outputs, *upstream, grad_logits, grad_targets),
         (
-            grad_losses.stride(0) if has_stride else 0,
-            n_rows, rows_per_group, *logits.stride(), *targets.stride(), *grad_strides,
-            vocab_size, options.ignore_index, options.label_smoothing,
+            upstream.loss.stride(0) if upstream.loss is not None and upstream.loss.dim() else 0,
+            n_rows, rows_per_group, *logits.stride(), *(*targets.stride(), 0)[:3], *strides[0],
+            *strides[1], vocab_size, *numbers(options),
         ),
         config.num_warps,
         DTYPE=TRITON_DTYPES[dtype],
@@ -119,13 +216,7 @@ def launch_small(
         BLOCK_V=config.block_v,
         GROUP_ROWS=GROUP_ROWS,
         SUM_BLOCK=SUM_BLOCK,
-        DENSE=all(tensor.stride(2) == 1 for tensor in both),
+        DENSE=all(tensor is None or tensor.stride(2) == 1 for tensor in tensors),
         GROUPED=n_groups > 1,  # a division a row, which the usual contiguous batch can do without
-        LOSS=losses is not None,
-        REDUCE=loss is not None,
-        GRAD=grad_logits is not None,
-        UPSTREAM=grad_losses is not None,
-        MEAN=options.reduction == "mean",
-        HAS_WEIGHT=weight is not None,
-        HAS_SMOOTHING=options.label_smoothing > 0.0,
+        **constants(rows, options),
     )  # fmt: skip
