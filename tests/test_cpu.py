@@ -1,8 +1,17 @@
 """The CPU path: blocks of rows of any shape, and no memory beyond the gradient."""
 
+import math
+
 import pytest
 import torch
-from oracle import assert_as_exact_as_torch, fused, random_logits, random_targets, random_weight
+from oracle import (
+    assert_as_exact_as_torch,
+    fused,
+    random_logits,
+    random_targets,
+    random_upstream,
+    random_weight,
+)
 
 from fused_ce import backend, cpu, fused_cross_entropy
 
@@ -42,6 +51,70 @@ def test_any_block_size_gives_the_same(monkeypatch, batch, rows, dtype, inplace)
         monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
         if not inplace:
             assert_as_exact_as_torch(padded, targets, weight, grad_in_forward=route, **options)
+
+
+OPTIONS = [
+    pytest.param(dict(return_stats=True), id="stats"),
+    pytest.param(dict(z_loss=0.01, logit_scale=-0.7), id="z-loss-and-scale"),
+    pytest.param(dict(softcap=5.0, logit_scale=0.7), id="softcap"),
+    pytest.param(dict(softcap=5.0, z_loss=0.01, return_stats=True), id="all"),
+]
+
+
+def results_and_gradients(logits, targets, weight, sample_weight, **options):
+    """All that a call finds, and its gradients for random upstream ones, of the inputs' layout."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (logits, sample_weight)]
+    if targets.is_floating_point():
+        targets = targets.detach().requires_grad_()
+        leaves.append(targets)
+    else:
+        options["ignore_index"] = 3
+    results = fused_cross_entropy(
+        leaves[0], targets, weight, sample_weight=leaves[1], label_smoothing=0.1, dim=-1, **options
+    )
+    results = [results[0], *results[1]] if options.get("return_stats") else [results]
+    upstream = [random_upstream(result) for result in results[:4]]
+    return results, torch.autograd.grad(results[:4], leaves, upstream)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("batch, rows", [((11,), 4), ((5, 3), 1), ((2, 9), 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_any_block_size_gives_the_same_with_every_option(
+    monkeypatch, options, batch, rows, dtype, probabilities, inplace
+):
+    targets = random_targets(*batch, classes=17)
+    if probabilities:  # their axes in another order than those of the logits
+        targets = random_logits(17, *batch, seed=4).softmax(0).movedim(0, -1)
+    weight = random_weight(17)
+    sample_weight = random_weight(math.prod(batch)).view(batch)
+
+    def call(**options):
+        logits = random_logits(*batch[:-1], batch[-1] + 1, 19, dtype=dtype)[..., :-1, :17]
+        return results_and_gradients(logits, targets, weight, sample_weight, **options)
+
+    options = options | dict(inplace=inplace, grad_in_forward=False if inplace else None)
+    for reduction in ("none", "mean"):
+        monkeypatch.setattr(cpu, "block_rows", lambda *_: 1000)
+        at_once = call(reduction=reduction, **options)
+        monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
+        in_blocks = call(reduction=reduction, **options)
+        torch.testing.assert_close(in_blocks, at_once)
+        with backend("reference"):
+            right = call(reduction=reduction, **options)
+        torch.testing.assert_close(in_blocks[0], right[0], rtol=1e-5, atol=1e-5)
+        eps = torch.finfo(dtype).eps
+        for gradient, expected in zip(in_blocks[1], right[1], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=2 * eps, atol=max(eps**2, 1e-5))
+
+
+def test_predictions_are_the_first_largest():
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[1, 3, 3, 2], [5, 5, 5, 5], [1, nan, 7, nan], [0, 1, inf, inf]])
+    _, stats = fused_cross_entropy(logits, torch.zeros(4, dtype=torch.long), return_stats=True)
+    assert stats.predictions.tolist() == logits.argmax(dim=1).tolist() == [1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(1, 10), (10, 1), (3, 4), (4, 3), (2, 7), (0, 3), (3, 0)])
@@ -101,6 +174,9 @@ def test_peak_memory_is_measured():
     assert peak_memory(lambda: torch.ones(1000) + torch.ones(1000)) >= 3 * 4000
 
 
+@pytest.mark.parametrize("options", [{}, dict(softcap=5.0, z_loss=0.1, return_stats=True)], ids=[
+    "plain", "all",
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("route, inplace, reduction, limit", [
     pytest.param(True, False, "mean", 1.1, id="in-forward"),
@@ -110,7 +186,7 @@ def test_peak_memory_is_measured():
     pytest.param(False, True, "mean", 0.1, id="in-backward-inplace"),
     pytest.param(None, False, None, 0.1, id="no-gradient"),
 ])  # fmt: skip
-def test_peak_memory_is_one_gradient(dtype, route, inplace, reduction, limit):
+def test_peak_memory_is_one_gradient(options, dtype, route, inplace, reduction, limit):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a block is a megabyte or two a thread
     logits = random_logits(3000, 8000, dtype=dtype)
@@ -120,7 +196,9 @@ def test_peak_memory_is_one_gradient(dtype, route, inplace, reduction, limit):
     def step():
         loss = fused_cross_entropy(
             leaf, targets, reduction=reduction or "mean", grad_in_forward=route, inplace=inplace,
+            **options,
         )  # fmt: skip
+        loss = loss[0] if options else loss
         if reduction is not None:
             torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.3))
 
