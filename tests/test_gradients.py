@@ -1,7 +1,10 @@
 """Gradients as autograd users meet them: graphs kept, shared, checkpointed; storage reused."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from oracle import fused, random_logits, random_targets, random_upstream, random_weight
 from torch.utils.checkpoint import checkpoint
@@ -259,6 +262,12 @@ class TestGraphs:
         with pytest.raises(RuntimeError, match="create_graph=True.*reference"):
             torch.autograd.grad(loss, leaf, create_graph=True)
 
+    def test_forward_mode_is_a_clear_error(self, fused_device, vocab_size, grad_in_forward):
+        logits, targets = a_batch(fused_device, vocab_size)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode.*reference"):
+            dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+            fused_cross_entropy(dual, targets, grad_in_forward=grad_in_forward)
+
     def test_logits_changed_before_backward_are_not_used(self, device, vocab_size, grad_in_forward):
         """Right (the gradient is already there) or an error, never the gradient of other logits."""
         logits, targets = a_batch(device, vocab_size)
@@ -502,14 +511,41 @@ def test_the_triton_route_never_asks_the_device(kernel_device):
             }, name  # fmt: skip
             return function(*args, **(kwargs or {}))
 
+    further = dict(z_loss=0.1, logit_scale=0.5, softcap=5.0, return_stats=True)
     for vocab_size in (SMALL, LONG):
-        logits, targets = a_batch(kernel_device, vocab_size)
+        logits, classes = a_batch(kernel_device, vocab_size)
         weight = random_weight(vocab_size, device=kernel_device)
-        for options in (dict(), dict(label_smoothing=0.1), dict(reduction="none")):
+        sample_weight = random_weight(len(logits), device=kernel_device)
+        normalizer = torch.tensor(3, device=kernel_device)
+        for targets, options in (
+            (classes, dict()),
+            (classes, dict(label_smoothing=0.1)),
+            (classes, dict(reduction="none")),
+            (classes, dict(sample_weight=sample_weight, **further)),
+            (classes, dict(normalizer=normalizer)),
+            (logits.softmax(dim=1), dict(sample_weight=sample_weight, **further)),
+            (logits.softmax(dim=1), dict(normalizer=normalizer)),
+        ):
             for route in (True, False):
-                leaf = logits.clone().requires_grad_()
-                with NoSynchronisation():
-                    loss = fused_cross_entropy(
-                        leaf, targets, weight, grad_in_forward=route, **options
-                    )
-                    loss.backward(torch.full_like(loss, 0.5))
+                leaves = [logits.clone().requires_grad_(), sample_weight.requires_grad_()]
+                if targets.is_floating_point():
+                    leaves.append(targets.detach().clone().requires_grad_())
+                with NoSynchronisation(), no_cuda_synchronisation():
+                    outputs = fused_cross_entropy(
+                        leaves[0], leaves[2] if len(leaves) > 2 else targets, weight,
+                        grad_in_forward=route, **options,
+                    )  # fmt: skip
+                    outputs = (outputs[0], *outputs[1][:3]) if "softcap" in options else [outputs]
+                    upstreams = [torch.full_like(output, 0.5) for output in outputs]
+                    torch.autograd.grad(outputs, leaves, upstreams, allow_unused=True)
+
+
+@contextlib.contextmanager
+def no_cuda_synchronisation():
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")

@@ -288,9 +288,10 @@ def test_offsets_beyond_32_bits(fused_device, shape, strides, inplace):
         far, gradient, _ = fused(
             logits, targets, dim=-1, inplace=inplace, upstream=upstream, **options
         )
-        assert torch.equal(loss, far)
-        assert torch.equal(gradient, right)
-        assert torch.equal(logits, right if inplace else values)
+        # not bit for bit: rows at another address modulo 16 are added up in another order
+        torch.testing.assert_close(far, loss, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(gradient, right, rtol=2e-3, atol=1e-7)
+        assert torch.equal(logits, gradient if inplace else values)
 
 
 def test_targets_beyond_32_bits(fused_device):

@@ -11,9 +11,14 @@ import torch
 from oracle import random_logits, random_targets, random_weight
 from torch import nn
 
-from fused_ce import FusedCrossEntropyLoss
+from fused_ce import CrossEntropyStats, FusedCrossEntropyLoss, fused_cross_entropy
+from fused_ce.modules import OPTIONS
 
 CLASSES = 9
+EVERY_OPTION = dict(
+    ignore_index=3, label_smoothing=0.1, dim=-1, normalizer=2.5, z_loss=0.1, logit_scale=0.5,
+    softcap=4.0, inplace=True, grad_in_forward=False, return_stats=True,
+)  # fmt: skip
 
 
 def batch(device="cpu"):
@@ -65,15 +70,25 @@ def test_it_is_a_cross_entropy_loss():
     pytest.param(lambda module: pickle.loads(pickle.dumps(module)), id="pickle"),
 ])  # fmt: skip
 def test_copies(again):
-    module = FusedCrossEntropyLoss(
-        random_weight(CLASSES), ignore_index=3, label_smoothing=0.1, dim=-1, inplace=True,
-        grad_in_forward=False,
-    )  # fmt: skip
+    module = FusedCrossEntropyLoss(random_weight(CLASSES), **EVERY_OPTION)
+    twin = again(module)
+    for name, value in EVERY_OPTION.items():
+        assert getattr(twin, name) == value
+    logits, targets = batch()
+    module.inplace = twin.inplace = False
+    torch.testing.assert_close(twin(logits, targets), module(logits, targets))
+    assert twin.weight.data_ptr() != module.weight.data_ptr()
+
+
+@pytest.mark.parametrize("again", [
+    pytest.param(copy.deepcopy, id="deepcopy"),
+    pytest.param(lambda module: pickle.loads(pickle.dumps(module)), id="pickle"),
+])  # fmt: skip
+def test_copies_of_a_normalizer_that_is_a_tensor(again):
+    module = FusedCrossEntropyLoss(normalizer=torch.tensor(7))
     twin = again(module)
     same_loss(twin, module)
-    for name in ("dim", "inplace", "grad_in_forward", "ignore_index", "label_smoothing"):
-        assert getattr(twin, name) == getattr(module, name)
-    assert twin.weight.data_ptr() != module.weight.data_ptr()
+    assert twin.normalizer is not module.normalizer
 
 
 def test_whole_module_through_torch_save():
@@ -117,6 +132,78 @@ def test_options_reach_the_function(device):
         FusedCrossEntropyLoss()(logits, targets)
 
 
+def test_every_option_of_the_function_is_one_of_the_module():
+    """But for sample_weight, which belongs to a batch; with the same defaults."""
+    of_function = inspect.signature(fused_cross_entropy).parameters
+    of_module = inspect.signature(FusedCrossEntropyLoss.__init__).parameters
+    names = set(of_function) - {"logits", "targets", "weight", "sample_weight"}
+    assert names == set(OPTIONS)
+    for name in names:
+        assert of_module[name].default == of_function[name].default, name
+
+
+def test_forward_takes_what_belongs_to_a_batch():
+    """Behind torch's two, by keyword."""
+    ours = list(inspect.signature(FusedCrossEntropyLoss.forward).parameters.values())
+    theirs = list(inspect.signature(nn.CrossEntropyLoss.forward).parameters)
+    assert [parameter.name for parameter in ours[:3]] == theirs
+    assert [parameter.name for parameter in ours[3:]] == ["sample_weight", "normalizer"]
+    assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in ours[3:])
+    assert all(parameter.default is None for parameter in ours[3:])
+
+
+@pytest.mark.parametrize("options", [
+    dict(z_loss=0.3), dict(logit_scale=-0.5), dict(softcap=2.0), dict(normalizer=17.0),
+    dict(reduction="none"), dict(ignore_index=3), dict(label_smoothing=0.5),
+], ids=lambda options: "".join(options))  # fmt: skip
+def test_each_number_reaches_the_function(device, options):
+    logits, targets = batch(device)
+    loss = FusedCrossEntropyLoss(**options)(logits, targets)
+    torch.testing.assert_close(loss, fused_cross_entropy(logits, targets, **options))
+    plain = fused_cross_entropy(logits, targets)
+    assert loss.shape != plain.shape or not torch.isclose(loss, plain)
+
+
+def test_stats_reach_the_caller(device):
+    logits, targets = batch(device)
+    loss, stats = FusedCrossEntropyLoss(return_stats=True, z_loss=0.1)(logits, targets)
+    right, right_stats = fused_cross_entropy(logits, targets, return_stats=True, z_loss=0.1)
+    assert isinstance(stats, CrossEntropyStats)
+    torch.testing.assert_close((loss, *stats), (right, *right_stats))
+
+
+def test_sample_weight_reaches_the_function_and_its_gradient_comes_back(device):
+    logits, targets = batch(device)
+    factors = torch.rand(5, generator=torch.Generator().manual_seed(0)).to(device)
+    leaves = [factors.clone().requires_grad_() for _ in range(2)]
+    loss = FusedCrossEntropyLoss()(logits, targets, sample_weight=leaves[0])
+    right = fused_cross_entropy(logits, targets, sample_weight=leaves[1])
+    torch.testing.assert_close(loss, right)
+    loss.backward(), right.backward()
+    assert leaves[0].grad.abs().max() > 0
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("number", [4.0, torch.tensor(4)], ids=["number", "tensor"])
+def test_the_normalizer_of_a_call_comes_before_that_of_the_module(device, number):
+    logits, targets = batch(device)
+    number = number.to(device) if isinstance(number, torch.Tensor) else number
+    module = FusedCrossEntropyLoss(normalizer=10.0)
+    total = fused_cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(module(logits, targets), total / 10)
+    torch.testing.assert_close(module(logits, targets, normalizer=number), total / 4)
+    torch.testing.assert_close(module(logits, targets), total / 10)
+
+
+def test_probabilities(device):
+    logits, _ = batch(device)
+    probabilities = random_logits(5, CLASSES, device=device, seed=4).softmax(dim=1)
+    weight = random_weight(CLASSES, device=device)
+    arguments = (weight, None, -100, None, "mean", 0.2)
+    loss = FusedCrossEntropyLoss(*arguments)(logits, probabilities)
+    torch.testing.assert_close(loss, nn.CrossEntropyLoss(*arguments)(logits, probabilities))
+
+
 def test_inplace_and_route_reach_the_function(fused_device):
     logits, targets = batch(fused_device)
     for route in (True, False):
@@ -139,13 +226,33 @@ def test_gradient_in_a_model(device):
 
 
 def test_repr_shows_the_options():
-    text = repr(FusedCrossEntropyLoss(ignore_index=3, reduction="sum", label_smoothing=0.1))
-    for word in ("FusedCrossEntropyLoss", "ignore_index=3", "'sum'", "label_smoothing=0.1"):
+    text = repr(FusedCrossEntropyLoss(reduction="sum", **(EVERY_OPTION | dict(normalizer=None))))
+    for word in (
+        "FusedCrossEntropyLoss", "ignore_index=3", "'sum'", "label_smoothing=0.1", "z_loss=0.1",
+        "logit_scale=0.5", "softcap=4.0", "return_stats=True", "normalizer=None",
+    ):  # fmt: skip
         assert word in text
 
 
-@pytest.mark.parametrize("options, word", [(dict(reduction="average"), "average"),
-                                           (dict(label_smoothing=2.0), "2.0")])  # fmt: skip
-def test_bad_options_raise(options, word):
+@pytest.mark.parametrize("options, word", [
+    (dict(reduction="average"), "average"), (dict(label_smoothing=2.0), "2.0"),
+    (dict(z_loss=float("nan")), "z_loss"), (dict(softcap=-1.0), "softcap"),
+    (dict(logit_scale=float("inf")), "logit_scale"), (dict(normalizer=0), "normalizer"),
+    (dict(normalizer=3, reduction="sum"), "normalizer"),
+])  # fmt: skip
+def test_bad_options_raise_when_the_module_is_made(options, word):
     with pytest.raises(ValueError, match=word):
-        FusedCrossEntropyLoss(**options)(*batch())
+        FusedCrossEntropyLoss(**options)
+
+
+def test_bad_attributes_raise_when_the_module_is_called():
+    module = FusedCrossEntropyLoss()
+    module.softcap = -1.0
+    with pytest.raises(ValueError, match="softcap"):
+        module(*batch())
+
+
+def test_options_that_are_no_numbers_raise_when_the_module_is_made():
+    for name in ("z_loss", "logit_scale", "softcap", "normalizer", "return_stats"):
+        with pytest.raises(TypeError, match=name):
+            FusedCrossEntropyLoss(**{name: "1"})

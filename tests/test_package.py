@@ -2,11 +2,13 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_ce
 
@@ -128,3 +130,50 @@ def test_kernels_install_inside_the_package():
     """`kernels` as a top-level name belongs to another distribution."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "fused_ce" / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_the_page_of_differences_names_tests_that_exist():
+    page = (ROOT / "docs" / "differences.md").read_text()
+    named, file = [], None
+    for first, test in re.findall(r"`(?:tests/)?([\w]+\.py)?::(test_\w+)`", page):
+        file = first or file  # `::test` is in the file named before
+        named.append((file, test))
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "| test |" not in line]
+    assert all("::test_" in row for row in rows)
+
+
+def test_the_examples_of_the_readme_run():
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 4
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(7, 11, generator=generator, requires_grad=True)
+    batches = [
+        (torch.randn(2, n, 7, generator=generator), torch.randint(11, (2, n), generator=generator))
+        for n in (3, 9)
+    ]
+    names = dict(
+        micro_batches=batches, model=lambda inputs: inputs @ weights,
+        tokens=torch.randint(11, (2, 4), generator=generator),
+        actions=torch.tensor([3, 0]), advantages=torch.tensor([0.5, -2.0]),
+    )  # fmt: skip
+    exec(blocks[0], names)
+    assert names["logits"].grad.isfinite().all()
+
+    exec(blocks[1], names)
+    accumulated, weights.grad = weights.grad, None
+    inputs, targets = (torch.cat(tensors, dim=1) for tensors in zip(*batches, strict=True))
+    torch.nn.functional.cross_entropy((inputs @ weights).view(-1, 11), targets.view(-1)).backward()
+    torch.testing.assert_close(accumulated, weights.grad)
+
+    names["logits"] = torch.randn(2, 4, 11, generator=generator)
+    exec(blocks[2], names)
+    right = names["logits"][:, :-1].argmax(-1) == names["tokens"][:, 1:]
+    torch.testing.assert_close(names["accuracy"], right.float().mean())
+
+    names["logits"] = torch.randn(2, 11, generator=generator, requires_grad=True)
+    exec(blocks[3], names)
+    assert names["logits"].grad.isfinite().all() and names["stats"].entropy.shape == (2,)

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from oracle import exact, inside, random_logits, random_targets, random_weight, untouched, worst
+from oracle import (
+    assert_all_as_exact_as_torch,
+    derived,
+    exact,
+    inside,
+    random_logits,
+    random_targets,
+    random_weight,
+    untouched,
+    worst,
+)
 
 pytest.importorskip("triton")
 from fused_ce.kernels import launch  # noqa: E402
+from fused_ce.kernels.arguments import is_congruent  # noqa: E402
 from fused_ce.kernels.launch import (  # noqa: E402
     SMALL_VOCAB,
     StreamConfig,
@@ -18,7 +29,7 @@ from fused_ce.kernels.launch import (  # noqa: E402
 )
 from fused_ce.kernels.split import MAX_SPLITS  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
-from fused_ce.rows import empty_gradient  # noqa: E402
+from fused_ce.rows import Rows, Upstream, empty_gradient  # noqa: E402
 
 VOCABS = sorted({*range(1, 300), *range(300, 1_000_000, 4999), 1_000_000,
                  *(2**k + d for k in range(20) for d in (-1, 0, 1) if 2**k + d > 0)})  # fmt: skip
@@ -176,7 +187,7 @@ class TestGuardBands:
         )
         weight = random_weight(shape[2], device=kernel_device)
         options = LossOptions(reduction="none", label_smoothing=0.1)
-        losses = launch.forward_with_grad(logits, targets, weight, options, out)
+        losses = launch.forward_with_grad(Rows(logits, targets, weight), options, out).loss
         ones = torch.ones_like(losses)
         self.check(values, logits, storage, out, out_storage, fill, inplace)
         self.near(losses, out, self.right(values, targets, weight, options, ones), dtype)
@@ -192,9 +203,9 @@ class TestGuardBands:
         )
         options = LossOptions(reduction="mean", label_smoothing=0.1)
         weight = random_weight(shape[2], device=kernel_device)
-        loss, *stats = launch.forward(logits, targets, weight, options)
+        loss, *_, saved = launch.forward(Rows(logits, targets, weight), options)
         upstream = torch.tensor(0.7, device=kernel_device)
-        launch.backward(upstream, logits, targets, weight, tuple(stats), options, out)
+        launch.backward(Upstream(upstream), Rows(logits, targets, weight), saved, options, out)
         self.check(values, logits, storage, out, out_storage, fill, inplace)
         self.near(loss, out, self.right(values, targets, weight, options, upstream), dtype)
 
@@ -221,7 +232,7 @@ def test_held_and_streamed_tiles(
     targets[0, 1] = -100
     weight = random_weight(vocab_size, device=kernel_device)
     options = LossOptions(label_smoothing=0.1)
-    loss = launch.forward_with_grad(logits, targets, weight, options, out)
+    loss = launch.forward_with_grad(Rows(logits, targets, weight), options, out).loss
     right_loss, right = exact(
         values.cpu(), targets[0].cpu(), weight.cpu(), upstream=torch.ones(()), label_smoothing=0.1
     )
@@ -248,9 +259,9 @@ def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smo
         values[0, :4000] = -50.0
         values[2] = -300.0
     options = LossOptions(reduction=reduction, label_smoothing=smoothing)
-    loss, *stats = launch.forward(logits, targets, weight, options)
+    loss, *_, saved = launch.forward(Rows(logits, targets, weight), options)
     out, other = logits.clone(), logits.clone()
-    again = launch.forward_with_grad(logits, targets, weight, options, out)
+    again = launch.forward_with_grad(Rows(logits, targets, weight), options, out).loss
     assert torch.equal(loss, again)
     right_loss, right = exact(
         values.cpu(), targets[0].cpu(), None if weight is None else weight.cpu(),
@@ -259,8 +270,100 @@ def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smo
     assert worst(loss, right_loss) <= 2e-6 * abs(right_loss).max()
     assert worst(out[0], right) <= 4 * torch.finfo(torch.bfloat16).eps * abs(right).max()
     upstream = torch.ones_like(loss)
-    launch.backward(upstream, logits, targets, weight, tuple(stats), options, other)
+    launch.backward(Upstream(upstream), Rows(logits, targets, weight), saved, options, other)
     assert torch.equal(out, other)
+
+
+EVERYTHING = dict(label_smoothing=0.1, z_loss=0.02, logit_scale=0.7, softcap=6.0, return_stats=True)
+
+
+@pytest.mark.parametrize("held, unroll", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_held_and_streamed_tiles_with_every_option(kernel_device, monkeypatch, held, unroll, dtype,
+                                                   kind):  # fmt: skip
+    config = StreamConfig(128 * 16 // dtype.itemsize, unroll, 4, held)
+    monkeypatch.setattr(launch, "held_config", lambda *_: config)
+    monkeypatch.setattr(launch, "row_splits", lambda *_: 1)
+    logits = random_logits(3, 5003, dtype=dtype, device=kernel_device)
+    targets = random_targets(3, classes=5003, device=kernel_device)
+    if kind == "probabilities":
+        targets = random_logits(3, 5003, device=kernel_device, seed=7).softmax(dim=1).to(dtype)
+    else:
+        targets[1] = -100
+    assert_all_as_exact_as_torch(
+        logits, targets, random_weight(5003, device=kernel_device),
+        sample_weight=random_weight(3, device=kernel_device), needs=("logits", "sample_weight"),
+        through=("loss",), grad_in_forward=True, **EVERYTHING,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [2, 7])
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+def test_split_rows_with_every_option(kernel_device, monkeypatch, splits, kind, grad_in_forward):
+    monkeypatch.setattr(launch, "row_splits", lambda *_: splits)
+    logits = random_logits(3, 5003, dtype=torch.bfloat16, device=kernel_device)
+    logits[0, 3000] = 30.0  # the largest is in a later part, twice
+    logits[0, 3007] = 30.0
+    targets = random_targets(3, classes=5003, device=kernel_device)
+    if kind == "probabilities":
+        targets = random_logits(3, 5003, device=kernel_device, seed=7).softmax(dim=1)
+    else:
+        targets[1] = -100
+    assert_all_as_exact_as_torch(
+        logits, targets, random_weight(5003, device=kernel_device),
+        sample_weight=random_weight(3, device=kernel_device), grad_in_forward=grad_in_forward,
+        **EVERYTHING,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gap, offset", [(0, 0), (5, 3), (8, 0)], ids=str)
+def test_probabilities_between_guard_bands(kernel_device, shape, dtype, gap, offset):
+    """Rows of the probabilities begin where those of the logits do, or anywhere: nothing beside
+    them is read (NaN) or written (a sentinel)."""
+    logits = random_logits(*shape, dtype=dtype, device=kernel_device)
+    strides = ((shape[1] + 1) * (shape[2] + gap), shape[2] + gap, 1)
+    values = random_logits(*shape, device=kernel_device, seed=7).softmax(dim=2)
+    targets, storage = inside(values, torch.nan, strides=strides, offset=offset)
+    grad_targets, grad_storage = inside(
+        torch.full_like(values, torch.nan), 7.0, strides=strides, offset=offset
+    )
+    options = LossOptions(reduction="sum")
+    rows, grad_logits = Rows(logits, targets), torch.full_like(logits, torch.nan)
+    *_, saved = launch.forward(rows, options)
+    upstream = torch.tensor(0.7, device=kernel_device)
+    launch.backward(Upstream(upstream), rows, saved, options, grad_logits, grad_targets)
+    right, _ = derived(
+        logits.reshape(-1, shape[2]).cpu(), values.reshape(-1, shape[2]).cpu(),
+        upstreams=dict(loss=upstream.cpu()), reduction="sum",
+    )  # fmt: skip
+    for name, grad in dict(grad_logits=grad_logits, grad_targets=grad_targets).items():
+        error = worst(grad.reshape(-1, shape[2]), right[name])
+        assert error <= 4 * torch.finfo(grad.dtype).eps * abs(right[name]).max(), name
+    assert untouched(grad_storage, grad_targets, 7.0)
+    assert untouched(storage, targets, torch.nan) and torch.equal(targets, values)
+
+
+@pytest.mark.parametrize("dtype, places, right", [
+    pytest.param(torch.bfloat16, (0, 50257), True, id="contiguous-alike"),
+    pytest.param(torch.float32, (0, 50257), True, id="another-dtype"),
+    pytest.param(torch.float32, (8, 50257 + 16), True, id="padded-by-vectors"),
+    pytest.param(torch.bfloat16, (1, 50257), False, id="another-start"),
+    pytest.param(torch.bfloat16, (4, 50257), False, id="half-a-vector"),
+    pytest.param(torch.bfloat16, (0, 50258), False, id="another-stride"),
+])  # fmt: skip
+def test_rows_that_begin_alike(dtype, places, right):
+    """What gives probabilities 16-byte loads may not be true of rows that lie differently."""
+    offset, stride = places
+    logits = torch.empty(2 * 50257, dtype=torch.bfloat16).view(1, 2, 50257)
+    storage = torch.empty(3 * 50257, dtype=dtype)
+    others = storage.as_strided((1, 2, 50257), (0, stride, 1), offset)
+    assert logits.data_ptr() % 16 == storage.data_ptr() % 16 == 0
+    assert is_congruent(logits, others) == right
+    assert is_congruent(logits, None, others) == right
 
 
 @pytest.mark.parametrize("vocab_size", [65, 1100])
@@ -278,10 +381,10 @@ def test_out_of_range_targets_reach_nobody(kernel_device, vocab_size, inplace):
         if not inplace:
             out, out_storage = inside(torch.full_like(values, torch.nan), 7.0, strides=strides)
         if route:
-            launch.forward_with_grad(logits, targets, None, options, out)
+            launch.forward_with_grad(Rows(logits, targets, None), options, out)
         else:
-            _, *stats = launch.forward(logits, targets, None, options)
-            launch.backward(one, logits, targets, None, tuple(stats), options, out)
+            *_, saved = launch.forward(Rows(logits, targets, None), options)
+            launch.backward(Upstream(one), Rows(logits, targets, None), saved, options, out)
         assert untouched(out_storage, out, 5.0 if inplace else 7.0)
         assert out[0, [0, 2, 3]].isnan().all() and out[0, 1].isfinite().all()
 
@@ -333,7 +436,9 @@ def test_one_launch_for_loss_and_gradient(kernel_device, monkeypatch):
     for vocab_size, kernel in ((1100, "launch_forward_with_grad"), (65, "launch_small")):
         logits = random_logits(1, 2, vocab_size, device=kernel_device)
         targets = random_targets(1, 2, classes=vocab_size, device=kernel_device)
-        launch.forward_with_grad(logits, targets, None, LossOptions(), torch.empty_like(logits))
+        launch.forward_with_grad(
+            Rows(logits, targets, None), LossOptions(), torch.empty_like(logits)
+        )
         assert calls == [kernel]
         calls.clear()
 
@@ -343,11 +448,11 @@ def test_dense_logits_are_never_copied(kernel_device, monkeypatch):
     logits = random_logits(2, 3, 1109, device=kernel_device)[:, :-1, :1100]
     targets = random_targets(2, 2, classes=1100, device=kernel_device)
     options, out = LossOptions(), torch.empty_like(logits)
-    launch.forward_with_grad(logits, targets, None, options, logits)
+    launch.forward_with_grad(Rows(logits, targets, None), options, logits)
     small = random_logits(1, 65, 3, device=kernel_device).transpose(1, 2)
     out = torch.empty_like(small)
     targets = random_targets(1, 3, classes=65, device=kernel_device)
-    launch.forward_with_grad(small, targets, None, options, out)
+    launch.forward_with_grad(Rows(small, targets, None), options, out)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

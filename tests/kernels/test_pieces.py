@@ -1,25 +1,26 @@
 """Pieces that the kernels share, each in a kernel of its own; and the sums over rows."""
 
+import numpy as np
 import pytest
 import torch
-from oracle import random_logits, random_targets, random_weight
+from oracle import extended, random_logits, random_targets, random_weight
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from fused_ce.kernels.online_softmax import edge_columns, row_offset, split_row  # noqa: E402
+from fused_ce.kernels.online_softmax import edge_columns, row_offset, split_row, tanh  # noqa: E402
 from fused_ce.kernels.reduce import (  # noqa: E402
     COUNT_BLOCK,
     DIVISOR,
     GROUP_ROWS,
     PARTIALS,
     SUM_BLOCK,
-    WEIGHT_SUM,
     Workspace,
     launch_mean_divisor,
     reduce_losses,
 )
 from fused_ce.options import LossOptions  # noqa: E402
+from fused_ce.rows import Rows  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["row", "rows_per_group", "group_stride", "row_stride"])
@@ -74,39 +75,77 @@ def test_interior_and_edges_cover_a_row_once(kernel_device, dtype):
             assert sorted(columns) == list(range(vocab_size))
 
 
-def divisor_of(targets, weight, classes, ignore_index=-100, smoothing=0.0):
-    """The workspace of a mean over rows of these targets."""
-    logits = torch.empty(*targets.shape, 0, device=targets.device)
-    workspace = Workspace(logits, torch.float32)
-    options = LossOptions(ignore_index=ignore_index, label_smoothing=smoothing)
-    launch_mean_divisor(targets, weight, workspace, classes, options)
-    return workspace
+def divisor_of(targets, weight=None, sample_weight=None, classes=11, ignore_index=-100):
+    """What a mean over rows of these targets divides by."""
+    logits = torch.empty(*targets.shape[:2], classes, device=targets.device)
+    workspace = Workspace(logits[..., :0], torch.float32)
+    rows = Rows(logits, targets, weight, sample_weight)
+    launch_mean_divisor(rows, workspace, LossOptions(ignore_index=ignore_index))
+    return workspace.sums[DIVISOR.value].item()
 
 
-@pytest.mark.parametrize("n_rows", [0, 1, COUNT_BLOCK + 1, COUNT_BLOCK * PARTIALS + 5], ids=str)
+@pytest.mark.parametrize("n_rows", [1, COUNT_BLOCK + 1, COUNT_BLOCK * PARTIALS + 5], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
-def test_mean_divisor(kernel_device, n_rows, weighted):
+@pytest.mark.parametrize("sampled", [False, True], ids=["", "sample-weight"])
+def test_mean_divisor(kernel_device, n_rows, weighted, sampled):
     targets = random_targets(1, n_rows, classes=11, device=kernel_device)
     targets[targets == 3] = -100
     weight = random_weight(11, device=kernel_device) if weighted else None
-    sums = divisor_of(targets, weight, 11).sums
-    counted = targets[targets >= 0]
-    right = weight[counted].double().sum() if weighted else counted.numel()
-    assert sums[DIVISOR.value].item() == pytest.approx(float(right), rel=1e-5)
+    sample_weight = random_weight(n_rows, device=kernel_device) if sampled else None
+    right = (targets[0] >= 0).double()
+    right *= weight[targets[0].clamp(0)].double() if weighted else 1.0
+    right *= sample_weight.double() if sampled else 1.0
+    divisor = divisor_of(targets, weight, sample_weight)
+    assert divisor == pytest.approx(float(right.sum()), rel=1e-5)
 
 
 def test_mean_divisor_of_groups(kernel_device):
     targets = random_targets(40, 60, classes=5, device=kernel_device)[:, 3:50]
-    sums = divisor_of(targets, None, 5, ignore_index=2).sums
-    assert sums[DIVISOR.value] == (targets != 2).sum()
+    assert divisor_of(targets, classes=5, ignore_index=2) == (targets != 2).sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_weight_sum(kernel_device, dtype):
-    weight = random_weight(3 * COUNT_BLOCK + 7, device=kernel_device).to(dtype)
-    targets = random_targets(1, 5, classes=len(weight), device=kernel_device)
-    sums = divisor_of(targets, weight, len(weight), smoothing=0.1).sums
-    assert sums[WEIGHT_SUM.value].item() == pytest.approx(float(weight.double().sum()), rel=1e-5)
+def test_mean_divisor_of_probabilities(kernel_device):
+    """The sample weights alone: neither classes nor ignore_index have a say."""
+    probabilities = random_logits(3, 7, 11, device=kernel_device)
+    weight = random_weight(11, device=kernel_device)
+    sample_weight = random_weight(21, device=kernel_device)
+    divisor = divisor_of(probabilities, weight, sample_weight)
+    assert divisor == pytest.approx(float(sample_weight.sum()), rel=1e-5)
+
+
+@triton.jit
+def tanh_kernel(x_ptr, out_ptr, slope_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    result, slope = tanh(tl.load(x_ptr + at))
+    tl.store(out_ptr + at, result)
+    tl.store(slope_ptr + at, slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_and_its_derivative_are_exact_to_a_few_eps_of_themselves(kernel_device, dtype):
+    """Tiny and huge arguments too, where a difference from 1 would have lost all digits."""
+    sizes = torch.cat([
+        torch.logspace(-30, -1, 100, dtype=torch.float64),
+        torch.linspace(0.1, 18, 924, dtype=torch.float64),
+    ])  # fmt: skip
+    x = torch.cat([sizes, -sizes]).to(dtype).to(kernel_device)
+    out, slope = torch.empty_like(x), torch.empty_like(x)
+    tanh_kernel[(16,)](x, out, slope, BLOCK=128)
+    right = extended(x)
+    eps = torch.finfo(dtype).eps
+    right_slope = np.cosh(right) ** -2
+    assert (abs(extended(out) - np.tanh(right)) <= 4 * eps * abs(np.tanh(right))).all()
+    # exp rounds its argument, 2 |x|
+    assert (abs(extended(slope) - right_slope) <= (4 + 4 * abs(right)) * eps * right_slope).all()
+
+
+def test_tanh_of_what_is_no_number(kernel_device):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], device=kernel_device)
+    out, slope = torch.empty_like(x), torch.empty_like(x)
+    tanh_kernel[(1,)](x, out, slope, BLOCK=4)
+    torch.testing.assert_close(out.cpu(), torch.tensor([1.0, -1.0, torch.nan, 0.0]), equal_nan=True)
+    right = torch.tensor([0.0, 0.0, torch.nan, 1.0])
+    torch.testing.assert_close(slope.cpu(), right, equal_nan=True)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
