@@ -12,7 +12,7 @@ train: $(INSTALLED)
 
 # Two workers, one thread each: the kernels' interpreter is Python, and BabyGPT's steps are short.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # On a machine with a GPU, with the torch and Triton that it has: tests, times, memory, training.
 gpu:
