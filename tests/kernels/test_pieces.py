@@ -164,8 +164,7 @@ def sum_kernel(
 
 
 @pytest.mark.parametrize("n_rows", [1, GROUP_ROWS - 1, GROUP_ROWS, 2 * GROUP_ROWS + 3])
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize("rows, mean", [(1, False), (8, True)], ids=["sum", "mean"])
 def test_sum_of_losses(kernel_device, n_rows, rows, mean):
     values = random_logits(n_rows, dtype=torch.float64, device=kernel_device).abs()
     workspace = Workspace(values.view(1, -1, 1), torch.float64)
