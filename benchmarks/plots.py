@@ -68,11 +68,11 @@ def _figure(panels, paint, unit, first):
         paint(axis, cases)
         axis.set_title(dtype, loc="left", fontsize=11)
         axis.set_xlabel("vocabulary")
-        if axis.get_yscale() == "linear":
-            axis.set_ylim(bottom=0)
         axis.tick_params(length=0)
         handles |= {h.get_label(): h for h in axis.get_legend_handles_labels()[0]}
         handles |= {label: h for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if axes[0][0].get_yscale() == "linear":
+        axes[0][0].set_ylim(bottom=0)  # after all have painted: it ends the scaling of all
     axes[0][0].set_ylabel(unit)
     figure.suptitle(
         f"Loss and gradient on {first.gpu}, torch {first.torch}", fontsize=11, x=0.01, ha="left"

@@ -96,6 +96,26 @@ def test_readme_without_its_markers_is_refused(text):
         report.replace_between_markers(text, "tables")
 
 
+def test_no_bar_is_cut_off(made):
+    """The panels share their axis: the highest bar of any must fit."""
+    plots = pytest.importorskip("benchmarks.plots", reason="matplotlib is not installed")
+
+    def panel(slower):
+        return [
+            tables.by_case([
+                dataclasses.replace(record, vocab_size=size, ms_median=slower * record.ms_median)
+                if record.provider == "torch" else dataclasses.replace(record, vocab_size=size)
+                for record in made if record.case == "forward_backward"
+            ])[0]
+            for size in (1000, 2000)
+        ]  # fmt: skip
+
+    panels = {"bfloat16": panel(1), "float32": panel(10)}
+    figure = plots._figure(panels, plots._speed_up, "ratio", made[0])
+    bars = [bar.get_height() for axis in figure.axes for bar in axis.patches]
+    assert max(bars) > 20 and figure.axes[0].get_ylim()[1] > max(bars)
+
+
 def test_plots_are_drawn(made, tmp_path):
     plots = pytest.importorskip("benchmarks.plots", reason="matplotlib is not installed")
     many = [dataclasses.replace(r, n_rows=r.n_rows and 128) for r in made]
