@@ -243,8 +243,7 @@ def _forward_of_long_rows(
             Upstream(None), dense, options, workspace.sums, statistics, None, out, None,
             _stream_config(logits, splits),
         )  # fmt: skip
-    if out is not grad_logits:
-        grad_logits.copy_(out)
+    _copy_back(out, grad_logits)
 
 
 def backward(

@@ -2,8 +2,7 @@
 
 One kernel serves the forward, the separate backward and both in one launch, by which places for
 results it is given: a row is so short that computing its softmax again costs less than keeping its
-statistics. Classes may lie
-at any stride, so that (N, C, d1, ...) logits need no copy.
+statistics. Classes may lie at any stride, so that (N, C, d1, ...) logits need no copy.
 """
 
 import torch
