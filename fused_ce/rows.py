@@ -53,6 +53,21 @@ class Upstream(NamedTuple):
     entropy: torch.Tensor | None = None
 
 
+class Direction(NamedTuple):
+    """Where to differentiate along: tangents, laid out in any way; None stands for 0."""
+
+    logits: torch.Tensor | None = None  # of the logits' shape and dtype
+    targets: torch.Tensor | None = None  # the same, of probabilities
+
+
+class Tangents(NamedTuple):
+    """Derivatives along a direction, (n_rows,): of what `Result` calls unweighted, lse, entropy."""
+
+    losses: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor
+
+
 def as_rows(
     logits: torch.Tensor, targets: torch.Tensor, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
