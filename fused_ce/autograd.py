@@ -1,46 +1,36 @@
 """The torch.autograd.Function: what is saved, and which of the two gradient routes runs.
 
-`implementation` is cpu.py or kernels/launch.py; both offer the same four functions.
+`implementation` is cpu.py or kernels/launch.py; both offer the same functions. Whoever wants more
+than one derivative, or a graph to compile, gets row_losses.py instead.
 """
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
+from fused_ce.backend import implementation
 from fused_ce.options import LossOptions
+from fused_ce.row_losses import cross_entropy_of_rows
 from fused_ce.rows import Result, Rows, Upstream, empty_gradient, overlaps
 
 
-def cross_entropy(
-    rows: Rows, options: LossOptions, implementation: ModuleType
-) -> tuple[torch.Tensor, ...]:
+def cross_entropy(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tensor, ...]:
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats; see rows.py.
 
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
     """
-    if forward_ad._current_level >= 0 and any(_is_dual(tensor) for tensor in rows):
-        raise RuntimeError(
-            "fused_cross_entropy has no forward-mode derivative: compute the loss with "
-            "reference_cross_entropy, or inside `with backend('reference')`"
-        )
     needs_grad = [tensor is not None and tensor.requires_grad for tensor in rows]
     if any(needs_grad) and torch.is_grad_enabled():
-        outputs = FusedCrossEntropy.apply(*rows, options, implementation)
+        outputs = FusedCrossEntropy.apply(*rows, options, backend)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
         if any(needs_grad):
             rows = Rows(*(tensor if tensor is None else tensor.detach() for tensor in rows))
-        outputs = _outputs(implementation.forward(rows, options), options)
+        outputs = _outputs(implementation(backend).forward(rows, options), options)
     if options.return_stats and options.reduction == "none":
         return outputs[0], *outputs
     return outputs
-
-
-def _is_dual(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _outputs(result: Result, options: LossOptions) -> tuple[torch.Tensor, ...]:
@@ -55,10 +45,11 @@ class FusedCrossEntropy(torch.autograd.Function):
     """Loss whose gradient is made in forward, or in backward from the saved row statistics."""
 
     @staticmethod
-    def forward(ctx, logits, targets, weight, sample_weight, normalizer, options, implementation):
+    def forward(ctx, logits, targets, weight, sample_weight, normalizer, options, backend):
         """Rows to loss, and stats if asked for; saves what backward needs."""
         needs_logits, needs_targets, _, needs_sample_weight, *_ = ctx.needs_input_grad
-        ctx.options, ctx.implementation = options, implementation
+        ctx.options, ctx.backend = options, backend
+        ctx.implementation, ctx.unsaved = implementation(backend), None
         ctx.set_materialize_grads(False)  # a stat that nobody uses costs backward nothing
         rows = Rows(logits, targets, weight, sample_weight, normalizer)
         # Probabilities get their gradient from a second reading, which the logits then share.
@@ -67,20 +58,25 @@ class FusedCrossEntropy(torch.autograd.Function):
         )
         if ctx.in_forward:
             grad_logits = _gradient_storage(logits, options)
-            result = implementation.forward_with_grad(
+            result = ctx.implementation.forward_with_grad(
                 rows, options, grad_logits, needs_sample_weight
             )
             overwritten = _is_over(grad_logits, logits)
             if overwritten:
                 increment_version(logits)
-            if not options.return_stats and not needs_sample_weight:
+            # Only a second derivative may read the logits again. Unsaved they may be changed until
+            # then; saved, whoever has set hooks sees them (a checkpoint, say, which drops them).
+            is_saved = not options.inplace and _saved_tensors_have_hooks()
+            if not options.inplace and not is_saved:
+                ctx.unsaved = rows, _versions(rows)
+            if not options.return_stats and not needs_sample_weight and not is_saved:
                 ctx.save_for_backward(grad_logits)
                 return result.loss
-            if overwritten or not options.return_stats:
-                rows = rows._replace(logits=None)  # nothing reads them again
+            if overwritten or not options.return_stats and not is_saved:
+                rows = rows._replace(logits=None)
         else:
             grad_logits = None
-            result = implementation.forward(rows, options, needs_sample_weight)
+            result = ctx.implementation.forward(rows, options, needs_sample_weight)
         loss = None
         if needs_sample_weight and _divides_by_weights(rows, options):
             loss = result.loss.clone()  # the user may change the other
@@ -96,14 +92,15 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         """The gradients of logits, probabilities and sample_weight; the rest has none."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fused_cross_entropy cannot be differentiated twice (create_graph=True): compute "
-                "the loss with reference_cross_entropy, or inside `with backend('reference')`"
-            )
         options = ctx.options
-        grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
         finished, *saved = ctx.saved_tensors
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * 7
+        if torch.is_grad_enabled():
+            return *_differentiable(ctx, grad_outputs, saved), None, None
+        if not _graph_is_kept():
+            ctx.unsaved = None
+        grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
         if not saved:
             return _scaled(ctx, finished, grad_loss), *(None,) * 6
         rows, (loss, unweighted, divisor, *saved) = Rows(*saved[:5]), saved[5:]
@@ -125,6 +122,53 @@ class FusedCrossEntropy(torch.autograd.Function):
                 options, needs_logits, needs_targets,
             )  # fmt: skip
         return grad_logits, grad_targets, None, grad_sample_weight, None, None, None
+
+
+def _saved_tensors_have_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _versions(rows: Rows) -> list[int | None]:
+    """How often each tensor has been changed in place."""
+    return [None if tensor is None or tensor.is_inference() else tensor._version for tensor in rows]
+
+
+def _differentiable(ctx, grad_outputs, saved):
+    """The gradients of the rows' tensors as functions of them and of the upstream gradients."""
+    if ctx.options.inplace:
+        raise RuntimeError(
+            "inplace=True overwrites the logits, which a second derivative (create_graph=True) "
+            "reads again: pass inplace=False"
+        )
+    if ctx.unsaved is None:
+        rows = Rows(*saved[:5])
+    else:
+        rows, versions = ctx.unsaved
+        if _versions(rows) != versions:
+            raise RuntimeError(
+                "a second derivative (create_graph=True) reads the logits again, but they or their "
+                "targets were changed in place after the loss: pass a clone"
+            )
+    with torch.enable_grad():
+        outputs = cross_entropy_of_rows(rows, ctx.options, ctx.backend)
+    if ctx.options.return_stats and ctx.options.reduction == "none":
+        outputs = outputs[1:]  # the loss is the losses
+    used = [
+        (output, grad)
+        for output, grad in zip(outputs, grad_outputs, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    needed = [tensor for tensor, needs in zip(rows, ctx.needs_input_grad, strict=False) if needs]
+    grads = iter(
+        torch.autograd.grad(
+            [output for output, _ in used],
+            needed,
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+    )
+    return [next(grads) if needs else None for needs in ctx.needs_input_grad[:5]]
 
 
 def _of_outputs(grads, options):

@@ -43,8 +43,12 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+@torch.compiler.assume_constant_result
 def choose(device: torch.device) -> str:
-    """The implementation for tensors on `device`: "triton", "cpu" or "reference"."""
+    """The implementation for tensors on `device`: "triton", "cpu" or "reference".
+
+    A compiled graph keeps the one that was chosen when it was compiled.
+    """
     name = _chosen.get() or _checked(
         os.environ.get("FUSED_CE_BACKEND") or "auto", "FUSED_CE_BACKEND"
     )

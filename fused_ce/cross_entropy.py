@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from fused_ce.autograd import cross_entropy
-from fused_ce.backend import choose, implementation
+from fused_ce.backend import choose
 from fused_ce.options import LossOptions
+from fused_ce.row_losses import cross_entropy_of_rows, is_traced, is_transformed
 from fused_ce.rows import Rows, as_rows
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,15 +114,26 @@ def fused_cross_entropy(
         logit_scale, softcap, return_stats,
     )  # fmt: skip
     call = prepare(logits, targets, weight, sample_weight, dim, options)
-    name = choose(logits.device)
-    check_targets_on_host(call.rows, call.options, name)
-    if name == "reference":
+    return call.returned(_compute(call.rows, call.options, choose(logits.device)))
+
+
+def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tensor, ...]:
+    """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats; see rows.py.
+
+    A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
+    """
+    later = is_traced(rows.logits) or is_transformed(rows)
+    if not later:  # values there are none yet, or several
+        check_targets_on_host(rows, options, backend)
+    if backend == "reference":
         from fused_ce.reference import reference
 
-        results = reference(call.rows, call.options)
-    else:
-        results = cross_entropy(call.rows, call.options, implementation(name))
-    return call.returned(results)
+        return reference(rows, options)
+    return (
+        cross_entropy_of_rows(rows, options, backend)
+        if later
+        else cross_entropy(rows, options, backend)
+    )
 
 
 class Call(NamedTuple):
@@ -190,7 +202,7 @@ def check_options(options: LossOptions) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     for name, value in (("z_loss", options.z_loss), ("logit_scale", options.logit_scale)):
         _check_number(name, value)
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
     if options.softcap is not None:
         _check_number("softcap", options.softcap, " or None")

@@ -148,20 +148,24 @@ def is_packed(rows: torch.Tensor) -> bool:
     return last + 1 == rows.numel() and not overlaps(rows)
 
 
-def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
+def empty_gradient(logits: torch.Tensor, skew: int | None = None) -> torch.Tensor:
     """An uninitialised gradient for rows of logits, laid out as they are.
 
     Where the vocabulary is dense, every row lies at the same address modulo 16 bytes as its logits.
     The kernels split a row at 16-byte boundaries once, for loads and stores alike, so a gradient
     row must be skewed as its logits row is. Contiguous logits get a contiguous gradient; rows
     sliced from a padded matrix, and groups of rows, get less than 16 bytes of padding each.
+
+    `skew` is where logits without memory of their own begin, in elements after a 16-byte boundary;
+    shape and strides do not depend on it.
     """
-    if not is_dense(logits) or logits.is_contiguous() and logits.data_ptr() % 16 == 0:
+    if skew is None:
+        skew = logits.data_ptr() % 16 // logits.element_size()
+    if not is_dense(logits) or logits.is_contiguous() and skew == 0:
         return torch.empty_like(logits)
     n_groups, rows_per_group, vocab_size = logits.shape
     vector = 16 // logits.element_size()
     group_stride, row_stride, _ = logits.stride()
-    skew = logits.data_ptr() % 16 // logits.element_size()
     row_stride = _at_least(vocab_size, row_stride, vector)
     group_stride = _at_least(max(rows_per_group, 1) * row_stride, group_stride, vector)
     storage = logits.new_empty(skew + n_groups * group_stride)
