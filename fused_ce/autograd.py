@@ -94,15 +94,14 @@ class FusedCrossEntropy(torch.autograd.Function):
         """The gradients of logits, probabilities and sample_weight; the rest has none."""
         options = ctx.options
         finished, *saved = ctx.saved_tensors
-        if all(grad is None for grad in grad_outputs):
-            return (None,) * 7
         if torch.is_grad_enabled():
             return *_differentiable(ctx, grad_outputs, saved), None, None
-        if not _graph_is_kept():
+        kept = _graph_is_kept()
+        if not kept:
             ctx.unsaved = None
-        grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
         if not saved:
-            return _scaled(ctx, finished, grad_loss), *(None,) * 6
+            return _scaled(ctx, finished, grad_outputs[0], kept), None, None, None, None, None, None
+        grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
         rows, (loss, unweighted, divisor, *saved) = Rows(*saved[:5]), saved[5:]
         needs_logits, needs_targets, _, needs_sample_weight, *_ = ctx.needs_input_grad
         grad_logits = grad_targets = grad_sample_weight = None
@@ -113,13 +112,13 @@ class FusedCrossEntropy(torch.autograd.Function):
                 grad_loss, grad_losses, rows, loss, unweighted, divisor, options
             )
         if ctx.in_forward and grad_losses is None and grad_lse is None and grad_entropy is None:
-            if needs_logits and grad_loss is not None:
-                grad_logits = _scaled(ctx, finished, grad_loss)
+            if needs_logits:
+                grad_logits = _scaled(ctx, finished, grad_loss, kept)
         elif needs_logits or needs_targets:
             upstream, options = _merged(grad_loss, grad_losses, divisor, options)
             grad_logits, grad_targets = _second_reading(
                 ctx, Upstream(upstream, grad_lse, grad_entropy), rows, finished, tuple(saved),
-                options, needs_logits, needs_targets,
+                options, needs_logits, needs_targets, kept,
             )  # fmt: skip
         return grad_logits, grad_targets, None, grad_sample_weight, None, None, None
 
@@ -158,6 +157,8 @@ def _differentiable(ctx, grad_outputs, saved):
         for output, grad in zip(outputs, grad_outputs, strict=True)
         if grad is not None and output.requires_grad
     ]
+    if not used:
+        return (None,) * 5
     needed = [tensor for tensor, needs in zip(rows, ctx.needs_input_grad, strict=False) if needs]
     grads = iter(
         torch.autograd.grad(
@@ -179,10 +180,11 @@ def _of_outputs(grads, options):
     return loss, losses[0] if losses else None, lse, entropy
 
 
-def _scaled(ctx, grad_logits, grad_loss):
+def _scaled(ctx, grad_logits, grad_loss, kept):
     """The finished gradient times the upstream one."""
+    if grad_loss is None:
+        return None
     # In place costs no memory, but a graph that is kept needs this gradient once more.
-    kept = _graph_is_kept()
     out = empty_gradient(grad_logits) if kept else grad_logits
     ctx.implementation.scale(grad_logits, grad_loss, out)
     if not kept:
@@ -206,7 +208,9 @@ def _merged(grad_loss, grad_losses, divisor, options):
     return grad_losses, replace(options, reduction="none", normalizer=None)
 
 
-def _second_reading(ctx, upstream, rows, finished, saved, options, needs_logits, needs_targets):
+def _second_reading(
+    ctx, upstream, rows, finished, saved, options, needs_logits, needs_targets, kept
+):
     """The gradients of logits and probabilities, whichever are needed, from one pass over both.
 
     A finished gradient, which lacks what came through the stats, gives its memory.
@@ -218,7 +222,7 @@ def _second_reading(ctx, upstream, rows, finished, saved, options, needs_logits,
         )
     logits = rows.logits.detach()
     grad_logits = None
-    if needs_logits and (finished is None or _graph_is_kept()):
+    if needs_logits and (finished is None or kept):
         grad_logits = _gradient_storage(logits, options)
     elif needs_logits:
         grad_logits = finished

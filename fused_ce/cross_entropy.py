@@ -84,13 +84,15 @@ def fused_cross_entropy(
         logit_scale: multiplies the logits first; a number, it cannot be learnt.
         softcap: then takes `softcap * tanh(logits / softcap)` of them; None does not.
         inplace: let the gradient overwrite the storage of `logits`, which saves a buffer of their
-            size; where rows share memory, or their batch axes need a copy, it does not. Whatever
+            size; where rows share memory, or their batch axes need a copy, and under torch.compile,
+            it does not. Whatever
             reads the logits afterwards reads the gradient. Their version counter is bumped: a
             backward that needs the logits as they were raises.
         grad_in_forward: True computes the gradient together with the loss, and backward only
             multiplies it by the upstream gradient; False reads the logits again in backward. None
             chooses True for "mean" and "sum", except in float16, where a gradient could underflow
-            before a GradScaler's factor reaches it, and except for stats with `inplace`.
+            before a GradScaler's factor reaches it, and except for stats with `inplace`. Under
+            torch.compile, torch.func and forward-mode AD it is False.
             Probabilities that need a gradient, and gradients through the stats, come from a second
             reading in any case: False spares the first gradient.
         return_stats: return `(loss, CrossEntropyStats)`, from the same pass over the logits, which
@@ -106,8 +108,9 @@ def fused_cross_entropy(
             out of its range.
         IndexError: a target is out of range, on the CPU. On a GPU, where a check would stop the
             device, loss and gradient of that row are NaN; FUSED_CE_DEBUG=1 checks there too.
-        RuntimeError: backward under `create_graph=True`: not differentiable twice yet. Backward
-            through the stats where `inplace` has overwritten the logits.
+        RuntimeError: `inplace` has overwritten the logits that a second derivative
+            (`create_graph=True`), torch.func, forward-mode AD or a gradient through the stats
+            reads again.
     """
     options = LossOptions(
         ignore_index, reduction, label_smoothing, inplace, grad_in_forward, normalizer, z_loss,
@@ -122,18 +125,17 @@ def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tens
 
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
     """
-    later = is_traced(rows.logits) or is_transformed(rows)
-    if not later:  # values there are none yet, or several
+    has_values = not is_traced(rows.logits) and not is_transformed(rows)
+    if has_values:
         check_targets_on_host(rows, options, backend)
     if backend == "reference":
         from fused_ce.reference import reference
 
         return reference(rows, options)
-    return (
-        cross_entropy_of_rows(rows, options, backend)
-        if later
-        else cross_entropy(rows, options, backend)
-    )
+    if has_values:
+        _check_memory(rows)
+        return cross_entropy(rows, options, backend)
+    return cross_entropy_of_rows(rows, options, backend)
 
 
 class Call(NamedTuple):
@@ -368,6 +370,19 @@ def _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_sha
     for name, tensor in others:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"logits on {device} need {name} there, got {tensor.device}")
+
+
+def _check_memory(rows: Rows) -> None:
+    """Raise TypeError for tensors whose elements are not where a plain tensor has them."""
+    for name, tensor in zip(Rows._fields, rows, strict=True):
+        kind = type(tensor)
+        if tensor is None or kind is torch.Tensor:
+            continue
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"{name} must be a plain tensor, got a {kind.__name__}, which computes by itself: "
+                "pass what it holds (to_local() of a DTensor), or use backend('reference')"
+            )
 
 
 def check_targets_on_host(rows: Rows, options: LossOptions, name: str) -> None:

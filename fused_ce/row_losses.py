@@ -89,14 +89,14 @@ def cross_entropy_of_rows(
         )
     row_options = RowOptions.of(options, backend)
     losses, lse, entropy, predictions, *_ = row_losses(*rows[:3], *row_options)
-    sample_weight, counted = rows.sample_weight, None
+    sample_weight, ignored = rows.sample_weight, None
     if not rows.has_probabilities:
         targets = rows.targets.reshape(-1).long()
-        counted = targets != options.ignore_index
+        ignored = targets == options.ignore_index
     if sample_weight is not None:
         sample_weight = sample_weight.to(losses.dtype)
-        if counted is not None:  # of an ignored row it may be NaN
-            sample_weight = torch.where(counted, sample_weight, 0.0)
+        if ignored is not None:  # of an ignored row it may be NaN
+            sample_weight = sample_weight.masked_fill(ignored, 0.0)
         losses = losses * sample_weight
     loss = losses
     if options.reduction != "none":
@@ -108,11 +108,11 @@ def cross_entropy_of_rows(
             divisor = options.normalizer
         else:
             divisor = torch.ones_like(losses) if sample_weight is None else sample_weight
-            if counted is not None:
+            if ignored is not None:
                 if rows.weight is not None:
                     safe = targets.clamp(0, rows.weight.shape[0] - 1)
                     divisor = divisor * rows.weight.to(losses.dtype)[safe]
-                divisor = torch.where(counted, divisor, 0.0)
+                divisor = divisor.masked_fill(ignored, 0.0)
             divisor = divisor.sum()
         loss = loss / divisor
     return (loss, losses, lse, entropy, predictions) if options.return_stats else (loss,)
