@@ -125,10 +125,12 @@ def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tens
 
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
     """
-    has_values = not is_traced(rows.logits) and not is_transformed(rows)
+    traced, transformed = is_traced(rows.logits), is_transformed(rows)
+    has_values = not traced and not transformed
     if has_values:
         check_targets_on_host(rows, options, backend)
-    if backend == "reference":
+    # Compilers do not differentiate operators inside of torch.func: they get plain PyTorch.
+    if backend == "reference" or traced and transformed:
         from fused_ce.reference import reference
 
         return reference(rows, options)

@@ -6,7 +6,7 @@ row_losses.py, with their derivatives. Their results are told from shapes alone.
 
 import torch
 
-from fused_ce.row_losses import RowGradients, RowLosses, RowTangents
+from fused_ce.row_losses import RowGradients, RowLosses, RowTangents, folded
 from fused_ce.rows import empty_gradient
 
 ROWS = "Tensor logits, Tensor targets, Tensor? weight"
@@ -81,6 +81,9 @@ def _register(name, arguments, n_results, function, fake):
         schema=f"({arguments}, {OPTIONS}) -> ({results})",
     )  # fmt: skip
     operator.register_fake(fake)
+    operator.register_vmap(
+        lambda info, in_dims, *args: folded(operator, info, in_dims, args, function.weight_at)
+    )
     operator.register_autograd(function.backward, setup_context=function.setup_context)
 
 

@@ -145,6 +145,8 @@ class RowLosses(torch.autograd.Function):
     What was not asked for has no elements; so has what an implementation does not keep.
     """
 
+    weight_at = 2  # its place among the arguments
+
     @staticmethod
     def forward(logits, targets, weight, *options):
         """(losses, lse, entropy, predictions, row_max, row_sum, row_weight), each (n_rows,)."""
@@ -201,11 +203,13 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         """The batch becomes more rows."""
-        return _folded(RowLosses, info.batch_size, in_dims, args, weight_at=2)
+        return folded(RowLosses.apply, info, in_dims, args, RowLosses.weight_at)
 
 
 class RowGradients(torch.autograd.Function):
     """The gradients of rows for upstream gradients of losses, lse and entropy, None for 0."""
+
+    weight_at = 5  # its place among the arguments
 
     @staticmethod
     def forward(
@@ -276,12 +280,14 @@ class RowGradients(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         """The batch becomes more rows."""
-        return _folded(RowGradients, info.batch_size, in_dims, args, weight_at=5)
+        return folded(RowGradients.apply, info, in_dims, args, RowGradients.weight_at)
 
 
 class RowTangents(torch.autograd.Function):
     """Derivatives along tangents of logits and probabilities: of losses, lse and entropy, and of
     the gradients that `RowGradients` makes from three upstream gradients. None stands for 0."""
+
+    weight_at = 7  # its place among the arguments
 
     @staticmethod
     def forward(
@@ -332,7 +338,7 @@ class RowTangents(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         """The batch becomes more rows."""
-        return _folded(RowTangents, info.batch_size, in_dims, args, weight_at=7)
+        return folded(RowTangents.apply, info, in_dims, args, RowTangents.weight_at)
 
 
 def dense_tangents(
@@ -422,28 +428,29 @@ def _places(logits, targets, needs_logits, needs_targets):
     )
 
 
-def _folded(function, batch_size, in_dims, args, weight_at):
+def folded(function, info, in_dims, args, weight_at):
     """`function` of batched arguments, their batch folded into the rows: dim 0 of every tensor but
     the class weights. Rows of those need a call each."""
     if in_dims[weight_at] is not None:
         calls = [
-            function.apply(
+            function(
                 *(
                     arg if dim is None else arg.select(dim, i)
                     for arg, dim in zip(args, in_dims, strict=True)
                 )
             )
-            for i in range(batch_size)
+            for i in range(info.batch_size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
-    folded = []
+    folded_args = []
     for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
         if isinstance(arg, torch.Tensor) and i != weight_at:
-            arg = arg.expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             arg = arg.flatten(0, 1)
-        folded.append(arg)
-    outputs = function.apply(*folded)
+        folded_args.append(arg)
+    outputs = function(*folded_args)
     outputs = tuple(
-        output.unflatten(0, (batch_size, output.shape[0] // batch_size)) for output in outputs
+        output.unflatten(0, (info.batch_size, output.shape[0] // info.batch_size))
+        for output in outputs
     )
     return outputs, (0,) * len(outputs)

@@ -5,6 +5,7 @@ language models, cannot be viewed as (rows, V). Two levels hold every such slice
 contiguous becomes a single group.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def as_rows(
         logits = logits.contiguous()
         split = 0
     batch = logits.shape[:-1]
-    n_groups, rows_per_group = batch[:split].numel(), batch[split:].numel()
+    n_groups, rows_per_group = math.prod(batch[:split]), math.prod(batch[split:])
     return (
         logits.view(n_groups, rows_per_group, vocab_size),
         targets.view(n_groups, rows_per_group, *classes),
