@@ -61,17 +61,25 @@ def _compute_dtype(logits):
 
 
 def _aligned(function):
-    """The function, its results where a compiler expects them: at a multiple of 16 bytes.
+    """The function, its results where a compiler may expect them: at a multiple of 16 bytes.
 
     Only gradients of misaligned logits are elsewhere: they cost a copy.
     """
 
     def aligned(*args):
         return tuple(
-            result if result.data_ptr() % 16 == 0 else result.clone() for result in function(*args)
+            result if result.data_ptr() % 16 == 0 else _moved(result) for result in function(*args)
         )
 
     return aligned
+
+
+def _moved(tensor):
+    """A copy with the same strides, which those of `clone` need not be."""
+    place = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return place.copy_(tensor)
 
 
 def _register(name, arguments, n_results, function, fake):
@@ -79,6 +87,7 @@ def _register(name, arguments, n_results, function, fake):
     operator = torch.library.custom_op(
         f"fused_ce::{name}", _aligned(function.forward), mutates_args=(),
         schema=f"({arguments}, {OPTIONS}) -> ({results})",
+        tags=torch.Tag.needs_exact_strides,  # a gradient lies as its logits do
     )  # fmt: skip
     operator.register_fake(fake)
     operator.register_vmap(
