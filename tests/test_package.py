@@ -132,8 +132,9 @@ def test_kernels_install_inside_the_package():
     assert (ROOT / "fused_ce" / "kernels").resolve() == ROOT / "kernels"
 
 
-def test_the_page_of_differences_names_tests_that_exist():
-    page = (ROOT / "docs" / "differences.md").read_text()
+@pytest.mark.parametrize("name", ["differences.md", "pytorch.md"])
+def test_pages_name_tests_that_exist(name):
+    page = (ROOT / "docs" / name).read_text()
     named, file = [], None
     for first, test in re.findall(r"`(?:tests/)?([\w]+\.py)?::(test_\w+)`", page):
         file = first or file  # `::test` is in the file named before
@@ -148,7 +149,7 @@ def test_the_page_of_differences_names_tests_that_exist():
 def test_the_examples_of_the_readme_run():
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(7, 11, generator=generator, requires_grad=True)
     batches = [
@@ -177,3 +178,11 @@ def test_the_examples_of_the_readme_run():
     names["logits"] = torch.randn(2, 11, generator=generator, requires_grad=True)
     exec(blocks[3], names)
     assert names["logits"].grad.isfinite().all() and names["stats"].entropy.shape == (2,)
+
+    logits, targets = torch.randn(3, 5, generator=generator), torch.tensor([0, 4, 2])
+    names.update(logits=logits, targets=targets, direction=torch.randn(3, 5, generator=generator))
+    exec(blocks[4], names)
+    hessian = torch.func.hessian(torch.nn.functional.cross_entropy)(logits, targets)
+    torch.testing.assert_close(
+        names["hessian_times_direction"], torch.tensordot(hessian, names["direction"], 2)
+    )
