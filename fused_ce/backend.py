@@ -43,7 +43,6 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
 def choose(device: torch.device) -> str:
     """The implementation for tensors on `device`: "triton", "cpu" or "reference".
 
@@ -59,6 +58,10 @@ def choose(device: torch.device) -> str:
     if name == "triton":
         _require_triton(device)
     return name
+
+
+# What torch.compiler.assume_constant_result sets; that imports all of Dynamo.
+choose._dynamo_marked_constant = True
 
 
 def _has_triton() -> bool:
