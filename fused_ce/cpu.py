@@ -163,8 +163,8 @@ def _tangent_block(rows, direction, options, terms, part, groups, columns) -> _T
     p = x.exp()
     total = p.sum(dim=1, keepdim=True)
     p /= total
-    # 0 * -inf is 0, in what p weighs
-    finite = x.clamp(min=torch.finfo(dtype).min)
+    # Where p is 0 in any dtype, 0 times this and an upstream gradient has to be 0 too.
+    finite = x.clamp(min=-2000.0)
     mean = (p * x_tangent).sum(dim=1, keepdim=True)
     deviation = x_tangent - mean
     surplus = finite - (p * finite).sum(dim=1, keepdim=True)

@@ -177,6 +177,25 @@ def test_hessian_vector_product_is_as_exact_as_torch(fused_device, vocab_size, d
     assert ours <= theirs + 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+def test_masked_classes_do_not_count(fused_device):
+    """Logits of -inf have derivatives of 0, and the others those that they have alone."""
+    logits, _, _ = inputs(fused_device)
+    targets = random_targets(N, classes=V - 1, device=fused_device)
+    masked = torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)], dim=1)
+
+    def second(x):
+        def gradient(x):
+            return grad(scalar_of(fused_cross_entropy, options, targets))(x, sample_weight)
+
+        return jvp(gradient, (x,), (x.nan_to_num(neginf=9.0).cos() * 30.0,))
+
+    options = dict(return_stats=True, z_loss=0.1)
+    sample_weight = torch.ones(N, dtype=torch.float64, device=fused_device)
+    for values, right in zip(second(masked), second(logits[:, :-1]), strict=True):
+        torch.testing.assert_close(values[:, :-1], right)
+        assert (values[:, -1] == 0).all()
+
+
 def test_a_second_derivative_is_one_call_in_closed_form(fused_device, monkeypatch):
     """Not the dense reference."""
     module = implementation(choose(torch.device(fused_device)))
