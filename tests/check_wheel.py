@@ -10,7 +10,10 @@ def main(folder: str) -> int:
     (wheel,) = Path(folder).glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    needed = {"fused_ce/cross_entropy.py", "fused_ce/kernels/fused.py", "fused_ce/babygpt/train.py"}
+    needed = {
+        f"fused_ce/{name}.py"
+        for name in ("cross_entropy", "kernels/fused", "babygpt/train", "integrations/transformers")
+    }
     problems = (
         [f"top-level names {sorted(tops)}, need fused_ce alone"] if tops != {"fused_ce"} else []
     )

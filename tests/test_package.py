@@ -13,7 +13,8 @@ import torch
 import fused_ce
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*(ROOT / "fused_ce").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
+FOLDERS = [ROOT / "fused_ce", ROOT / "fused_ce" / "integrations", ROOT / "kernels"]
+SOURCES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 HEAVY = ("triton", "transformers", "matplotlib", "tyro", "tqdm", "safetensors")
 
 
@@ -136,7 +137,7 @@ def test_kernels_install_inside_the_package():
 def test_pages_name_tests_that_exist(name):
     page = (ROOT / "docs" / name).read_text()
     named, file = [], None
-    for first, test in re.findall(r"`(?:tests/)?([\w]+\.py)?::(test_\w+)`", page):
+    for first, test in re.findall(r"`(?:tests/)?([\w/]+\.py)?::(test_\w+)`", page):
         file = first or file  # `::test` is in the file named before
         named.append((file, test))
     assert len(named) > 30
@@ -147,8 +148,9 @@ def test_pages_name_tests_that_exist(name):
 
 
 def test_the_examples_of_the_readme_run():
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    """Those of its section "Use"; the libraries' are with the tests of those."""
+    section = (ROOT / "README.md").read_text().partition("\n## Use\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 5
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(7, 11, generator=generator, requires_grad=True)
