@@ -200,7 +200,9 @@ def check_options(options: LossOptions) -> None:
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
     ignore_index = options.ignore_index
-    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
+    if isinstance(ignore_index, bool) or not (
+        isinstance(ignore_index, int) or hasattr(ignore_index, "__index__")
+    ):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")

@@ -139,6 +139,17 @@ class TestCompile:
                 got, right = results(compiled, plain, tokens), results(plain, plain, tokens)
             torch.testing.assert_close(got, right, rtol=1e-2, atol=1e-3)
 
+    def test_ignore_index_as_an_argument_of_the_graph(self, fused_device):
+        logits = random_logits(6, V, device=fused_device)
+        targets = random_targets(6, classes=V, device=fused_device)
+
+        def step(index):
+            return fused_cross_entropy(logits, targets, ignore_index=index)
+
+        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+        for index in (int(targets[0]), int(targets[1]), -7):
+            torch.testing.assert_close(compiled(index), step(index))
+
     @pytest.mark.parametrize("probabilities", [False, True])
     def test_weights_and_probabilities(self, fused_device, probabilities):
         logits = random_logits(6, V, device=fused_device).requires_grad_()
