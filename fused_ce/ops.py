@@ -87,7 +87,7 @@ def _register(name, arguments, n_results, function, fake):
     operator = torch.library.custom_op(
         f"fused_ce::{name}", _aligned(function.forward), mutates_args=(),
         schema=f"({arguments}, {OPTIONS}) -> ({results})",
-        tags=torch.Tag.needs_exact_strides,  # a gradient lies as its logits do
+        tags=(torch.Tag.needs_exact_strides,),  # a gradient lies as its logits do
     )  # fmt: skip
     operator.register_fake(fake)
     operator.register_vmap(
