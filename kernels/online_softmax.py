@@ -35,8 +35,9 @@ def lowest_finite(DTYPE: tl.constexpr):
 
 @triton.jit
 def finite(difference):
-    # Of a logit and its maximum: finite, so that 0 times it is 0 where exp of it is 0.
-    return tl.maximum(difference, lowest_finite(difference.dtype))
+    # Of a logit and its maximum: where exp of it is 0 in any dtype, 0 times it has to be 0 too, and
+    # 0 times its product with an upstream gradient, which would overflow at the lowest float.
+    return tl.maximum(difference, -2000.0)
 
 
 @triton.jit
@@ -263,7 +264,7 @@ def soft_update(
 def rebased_dot(part_dot, part_weight, part_max, row_max):
     """Sums of share * (x - part_max) as ones of share * (x - row_max)."""
     # Who saw no column still has the lowest finite maximum.
-    return part_dot + part_weight * finite(part_max - row_max)
+    return part_dot + part_weight * tl.maximum(part_max - row_max, lowest_finite(part_dot.dtype))
 
 
 @triton.jit

@@ -889,6 +889,20 @@ class TestStats:
             logits, targets, return_stats=True, reduction="none", grad_in_forward=grad_in_forward
         )
 
+    @pytest.mark.parametrize("vocab_size, n_rows", VOCABS[:2])
+    def test_entropy_of_masked_classes_may_have_a_large_gradient(self, device, vocab_size, n_rows):
+        """Beside a confident class it reaches the masked ones undivided, and 0 times inf is NaN."""
+        gradients = []
+        for factor in (1.0, 2.0**14):
+            logits = torch.full((n_rows, vocab_size), -torch.inf, device=device)
+            logits[:, :3] = torch.tensor([9.0, 0.0, 1.0])
+            logits.requires_grad_()
+            targets = torch.zeros(n_rows, dtype=torch.long, device=device)
+            _, stats = fused_cross_entropy(logits, targets, return_stats=True)
+            (factor * stats.entropy.sum()).backward()
+            gradients.append(logits.grad / factor)
+        close(*gradients)
+
     @pytest.mark.parametrize("vocab_size, n_rows", VOCABS)
     def test_entropy_of_one_possible_class_is_zero(self, device, vocab_size, n_rows):
         logits = torch.full((n_rows, vocab_size), -torch.inf, device=device)
