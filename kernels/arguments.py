@@ -42,13 +42,17 @@ def numbers(options: LossOptions) -> tuple[int, float, float, float, float]:
 
 
 def constants(rows: Rows, options: LossOptions) -> dict[str, bool]:
+    """Those of every kernel that knows of the reduction."""
+    return {"MEAN": options.reduction == "mean", **row_constants(rows, options)}
+
+
+def row_constants(rows: Rows, options: LossOptions) -> dict[str, bool]:
     """Those that every kernel has; what is off costs nothing.
 
     SOFT: targets have a share in every class, as probabilities or smoothed class indices.
     """
     return {
         "SOFT": rows.has_probabilities or options.label_smoothing > 0.0,
-        "MEAN": options.reduction == "mean",
         "HAS_SMOOTHING": options.label_smoothing > 0.0,
         "HAS_Z_LOSS": options.z_loss != 0.0,
         "HAS_SCALE": options.logit_scale != 1.0,
@@ -56,9 +60,9 @@ def constants(rows: Rows, options: LossOptions) -> dict[str, bool]:
     }
 
 
-def has_congruent_targets(rows: Rows, grad_targets: torch.Tensor | None = None) -> bool:
-    """`is_congruent` of probabilities, and of their gradient; False of class indices."""
-    return rows.has_probabilities and is_congruent(rows.logits, rows.targets, grad_targets)
+def has_congruent_targets(rows: Rows, *others: torch.Tensor | None) -> bool:
+    """`is_congruent` of probabilities, and of others like them; False of class indices."""
+    return rows.has_probabilities and is_congruent(rows.logits, rows.targets, *others)
 
 
 def is_congruent(logits: torch.Tensor, *others: torch.Tensor | None) -> bool:

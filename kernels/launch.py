@@ -1,6 +1,6 @@
 """Which kernel, block and warps: the only place that decides; and the order of the launches.
 
-The four public functions are those of fused_ce/cpu.py; fused_ce/autograd.py calls either. All take
+The five public functions are those of fused_ce/cpu.py; fused_ce/autograd.py calls either. All take
 rows of logits (n_groups, rows_per_group, vocab_size), see fused_ce/rows.py. Nothing here waits for
 the device.
 """
@@ -12,14 +12,24 @@ from dataclasses import dataclass
 import torch
 
 from ..options import LossOptions
-from ..rows import Result, Rows, Upstream, is_dense, is_packed
-from .arguments import Outputs, RowStatistics, loads_shares
+from ..rows import (
+    Direction,
+    Result,
+    Rows,
+    Tangents,
+    Upstream,
+    empty_gradient,
+    is_dense,
+    is_packed,
+)
+from .arguments import Outputs, RowStatistics, is_congruent, loads_shares
 from .backward import launch_backward, launch_scale
 from .forward import launch_forward
 from .fused import launch_forward_with_grad
 from .reduce import Workspace, launch_mean_divisor
 from .small import launch_small
 from .split import MAX_SPLIT_ROWS, MAX_SPLITS, launch_split
+from .tangents import launch_tangents
 
 SMALL_VOCAB = 1024  # up to here a program holds whole rows, several at once
 SPLIT_VOCAB = 8192  # from here on a row is worth several programs, if there are few rows
@@ -120,6 +130,27 @@ def small_config(vocab_size: int, warp_size: int = 32) -> SmallConfig:
 def split_config(element_size: int, warp_size: int = 32, heavy: bool = False) -> StreamConfig:
     """For few rows: small programs, of which there are more."""
     return stream_config(SMALL_VOCAB, element_size, warp_size, heavy)
+
+
+@functools.cache
+def tangents_config(
+    vocab_size: int, element_size: int, warp_size: int = 32, heavy: bool = False
+) -> StreamConfig:
+    """For two passes over a row and its direction: as many threads as read it in eight vectors
+    each, up to 1,024.
+
+    A large GPU, with 1,024 threads a multiprocessor, then works on 35 MB of rows at a time, and the
+    second pass finds them in its caches. One tile in flight in float64, and where more is done with
+    a logit than a softmax (heavy): two take up to 170 registers, one takes 64.
+    """
+    most_threads, unroll = 1024, 2
+    if element_size == 8:
+        most_threads, unroll = 256, 1
+    elif heavy:
+        most_threads, unroll = 512, 1
+    vectors = -(-vocab_size * element_size // 16)
+    threads = min(most_threads, max(64, _power_of_two(-(-vectors // 8))))
+    return _stream(threads, element_size, warp_size, unroll)
 
 
 def row_splits(n_rows: int, vocab_size: int, element_size: int) -> int:
@@ -299,6 +330,52 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
         source, dense_out = _dense_pair(grad_logits, out)
         launch_scale(source, grad_losses, dense_out, config)
         _copy_back(dense_out, out)
+
+
+def tangents(
+    direction: Direction,
+    upstream: Upstream,
+    rows: Rows,
+    options: LossOptions,
+    grad_logits: torch.Tensor | None = None,
+    grad_targets: torch.Tensor | None = None,
+) -> Tangents:
+    """Derivatives of rows along a direction, without sample_weight and reduction.
+
+    Fills grad_logits and grad_targets, where given, with those of what `backward` would write for
+    this upstream gradient, (n_rows,) each: a product with the Hessian.
+    """
+    logits = rows.logits
+    with _on_device(logits):
+        results = Tangents(*(_per_row(logits, _compute_dtype(logits)) for _ in range(3)))
+        if logits.numel() == 0:
+            return results
+        dense = _dense(_as_kernels_take_them(rows))
+        out, out_targets = grad_logits, grad_targets
+        if grad_logits is not None and dense.logits is not logits:
+            out = dense.logits
+        if grad_targets is not None and not is_dense(grad_targets):
+            out_targets = torch.empty_like(dense.targets)
+        if out is not None or out_targets is not None:
+            upstream = _dense_upstream(upstream, logits)
+        direction = Direction(
+            _beside(direction.logits, dense.logits), _beside(direction.targets, dense.targets)
+        )
+        heavy = options.softcap is not None or loads_shares(rows, options)
+        config = tangents_config(
+            logits.shape[2], logits.element_size(), _warp_size(logits.device), heavy
+        )
+        launch_tangents(direction, upstream, dense, options, results, out, out_targets, config)
+        _copy_back(out, grad_logits)
+        _copy_back(out_targets, grad_targets)
+    return results
+
+
+def _beside(tangent, rows):
+    """A tangent of dense rows that begins where they do, counted from a 16-byte boundary."""
+    if tangent is None or is_dense(tangent) and is_congruent(rows, tangent):
+        return tangent
+    return empty_gradient(rows).copy_(tangent)
 
 
 def _is_small(logits: torch.Tensor) -> bool:

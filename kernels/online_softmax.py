@@ -128,9 +128,9 @@ def split_row(row_ptr, vocab_size, VEC: tl.constexpr):
 
 
 @triton.jit
-def edge_columns(skew, interior_size, vocab_size, VEC: tl.constexpr):
-    """Columns [2 * VEC] outside the interior, and which of them exist."""
-    lane = tl.arange(0, 2 * VEC)
+def edge_columns(skew, interior_size, vocab_size, VEC: tl.constexpr, LANES: tl.constexpr = None):
+    """Columns [2 * VEC] outside the interior, and which of them exist; in more lanes, if asked."""
+    lane = tl.arange(0, 2 * VEC if LANES is None else LANES)
     cols = tl.where(lane < VEC, lane - skew, interior_size + lane - skew)
     return cols, (cols >= 0) & (cols < vocab_size)
 
