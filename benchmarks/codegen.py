@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from fused_ce.kernels import launch
 from fused_ce.kernels.dispatch import Kernel
 from fused_ce.options import LossOptions
-from fused_ce.rows import Rows, Upstream, empty_gradient
+from fused_ce.rows import Direction, Rows, Upstream, empty_gradient
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -70,6 +70,7 @@ class Case:
     options: str = "plain"
     n_rows: int = 200  # one program each; fewer rows are split
     misaligned: int = 0
+    tangents: bool = False  # the derivatives along a direction instead of the loss
 
 
 class CompileOnly:
@@ -121,6 +122,9 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
         torch.ones(case.vocab_size) if "weight" in tensors else None,
         torch.ones(batch[0] * batch[1]) if "sample_weight" in tensors else None,
     )
+    if case.tangents:
+        yield from tangent_launches(rows, options)
+        return
     gradient, one = empty_gradient(logits), torch.ones(())
     result = launch.forward(rows, options)
     yield "forward"
@@ -135,6 +139,19 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
     yield "backward"
     launch.scale(gradient, one, gradient)
     yield "scale"
+
+
+def tangent_launches(rows: Rows, options: LossOptions) -> Iterator[str]:
+    """Those of forward-mode differentiation, and of differentiating twice."""
+    logits, targets = rows.logits, rows.targets
+    probabilities = targets if rows.has_probabilities else None
+    direction, upstream = Direction(logits, probabilities), torch.ones(logits.shape[:2].numel())
+    launch.tangents(direction, Upstream(None), rows, options)
+    yield "tangents"
+    stats = upstream if options.return_stats else None
+    gradients = [None if t is None else empty_gradient(t) for t in direction]
+    launch.tangents(direction, Upstream(upstream, stats, stats), rows, options, *gradients)
+    yield "tangents of the gradient"
 
 
 def cases(dtype: str, target: str) -> Iterator[Case]:
@@ -232,12 +249,12 @@ def binaries_by_batch(target: str) -> dict[str, int]:
     """For each kernel the largest number of binaries that batches of all sizes make of it."""
     compile_for(target)
     found = {}
-    for vocab_size in (65, 50257):
+    chosen = [Case(65, "bfloat16"), Case(50257, "bfloat16"), Case(65, "bfloat16", tangents=True)]
+    for case in chosen:
         for batch in BATCHES:
-            case = Case(vocab_size, "bfloat16")
             for name, kernel, constants in launched(launches(case, batch)):
                 modes = ("GROUPED", "SKIP_ONE", "given")
-                meant = " ".join(map(str, (name, vocab_size, *map(constants.get, modes))))
+                meant = " ".join(map(str, (name, case.vocab_size, *map(constants.get, modes))))
                 found.setdefault(meant, set()).add(kernel.hash)
     return {meant: len(hashes) for meant, hashes in found.items()}
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORWARD, FUSED = "cross_entropy_forward_kernel", "cross_entropy_forward_with_grad_kernel"
 SPLIT, BACKWARD = "cross_entropy_split_kernel", "cross_entropy_backward_kernel"
 SMALL, COUNT = "cross_entropy_small_kernel", "mean_divisor_kernel"
+TANGENTS = "cross_entropy_tangents_kernel"
 STREAM = (FORWARD, FUSED, SPLIT, BACKWARD, "scale_kernel")
 REDUCING = (FORWARD, FUSED, SPLIT, SMALL, COUNT)
 
@@ -41,11 +42,16 @@ OTHERS = [
     Case(50257, "float32", "softcap"),
     Case(6148, "bfloat16", "probabilities"),
     Case(65, "bfloat16", "everything"),
+    Case(50257, "bfloat16", tangents=True, misaligned=3),
+    Case(50257, "bfloat16", "everything", tangents=True),
+    Case(128256, "float16", "weight, smoothing", tangents=True),
+    Case(50257, "float32", tangents=True),
 ]
 CHEAP = ("plain", "weight", "sample_weight, z_loss")  # no more work for a logit
 LOADED = ("weight, smoothing", "everything")  # class weights for every logit
 ONE_OF_EACH = [Case(128256, "bfloat16"), Case(128256, "bfloat16", n_rows=2), Case(65, "bfloat16"),
-               Case(50257, "float32", "weight, smoothing"), Case(6148, "float64")]  # fmt: skip
+               Case(50257, "float32", "weight, smoothing"), Case(6148, "float64"),
+               Case(50257, "bfloat16", tangents=True)]  # fmt: skip
 
 
 def run(*arguments):
@@ -95,13 +101,13 @@ def allowed_stack(report):
 
 def check_registers(report):
     """64: then 1,024 threads fit on a multiprocessor, whatever the block; more for rare cases."""
-    if report["kernel"] in STREAM:
+    if report["kernel"] in (*STREAM, TANGENTS):
         assert report["registers"] <= (128 if is_rare(report) else 64)
 
 
 def check_16_bytes(report):
     """In every loop over full steps; class weights are float32 and lie where they lie."""
-    if report["kernel"] in (FORWARD, FUSED, SPLIT):
+    if report["kernel"] in (FORWARD, FUSED, SPLIT, TANGENTS):
         assert report["statistics_instructions"] is not None, "no loop of 16-byte loads"
         narrow = [
             opcode
@@ -144,6 +150,23 @@ def has_probabilities(report):
     return report["options"] in ("probabilities", "everything")
 
 
+def check_tangents(report):
+    """Logits and direction, 16 bytes each, in the loop over the sums and in that of the gradient.
+
+    With probabilities their direction too, and of sums, or under a cap, they themselves.
+    """
+    if report["kernel"] == TANGENTS:
+        both = 2 if has_probabilities(report) else 1
+        for stores in (False, True):
+            loop = codegen.bulk_loop(report, stores)
+            if loop or not stores:  # not all of them write a gradient
+                assert len(accesses(loop, "LDG", True)) >= (1 + both) * report["unroll"]
+                assert len(accesses(loop, "STG", True)) == stores * both * report["unroll"]
+        if report["options"] in CHEAP and report["dtype"] == "bfloat16":
+            assert report["statistics_instructions"] <= 16.5
+            assert (report["gradient_instructions"] or 0.0) <= 13.0
+
+
 def check_scale(report):
     """In flight together, and one narrow load and store for the edges of a row."""
     if report["kernel"] == "scale_kernel":
@@ -184,14 +207,16 @@ def is_backward(report):
 
 CHECKS = [
     check_no_spills, check_registers, check_16_bytes, check_whole_tiles, check_held_tiles,
-    check_backward, check_scale, check_budget, check_order_of_memory,
+    check_backward, check_tangents, check_scale, check_budget, check_order_of_memory,
 ]  # fmt: skip
 
 
 def test_machine_code_for_sm_90():
     """Every check on every variant, all failures at once: compiling takes the time."""
     reports = machine_code()
-    assert {report["kernel"] for report in reports} == {*STREAM, SMALL, COUNT}
+    assert {report["kernel"] for report in reports} == {*STREAM, SMALL, COUNT, TANGENTS}
+    written = [r["gradient_instructions"] is not None for r in reports if r["kernel"] == TANGENTS]
+    assert written == len(written) // 2 * [False, True]
     small = [r for r in reports if r["kernel"] == SMALL and r["options"] == "plain"]
     assert {is_backward(report) for report in small} == {True, False}
     failures = []
@@ -208,7 +233,7 @@ def test_machine_code_for_sm_90():
 @pytest.mark.parametrize("target", [name for name in codegen.TARGETS if name != "sm_90"])
 def test_kernels_compile(target):
     reports = compiled(target, ONE_OF_EACH)
-    assert {*STREAM, SMALL, COUNT} == {report["kernel"] for report in reports}
+    assert {*STREAM, SMALL, COUNT, TANGENTS} == {report["kernel"] for report in reports}
     for report in reports:
         stack, most = report.get("stack", 0), allowed_stack(report)
         assert stack <= most, f"{report['kernel']} {report['dtype']} spills"
@@ -223,15 +248,19 @@ def test_batch_sizes_compile_nothing_new():
 
 
 def test_a_mean_is_two_launches_and_its_backward_one():
-    """With every option, on rows of every kind."""
+    """With every option, on rows of every kind; derivatives along a direction are one, too."""
     cases = [
-        Case(vocab_size, "bfloat16", options, n_rows)
+        Case(vocab_size, "bfloat16", options, n_rows, tangents=tangents)
         for vocab_size, n_rows in ((65, 200), (50257, 200), (50257, 2))
         for options in codegen.OPTIONS
+        for tangents in (False, True)
     ]
     found = run("--launches", "--cases", json.dumps([dataclasses.asdict(c) for c in cases]))
     assert len(found) == len(cases)
     for case, names in zip(cases, found, strict=True):
+        if case.tangents:
+            assert names == {"tangents": [TANGENTS], "tangents of the gradient": [TANGENTS]}
+            continue
         small, split = case.vocab_size == 65, case.n_rows == 2
         # split rows count their targets themselves; the host knows how many probabilities there are
         first = [COUNT] if not split and case.options != "probabilities" else []
