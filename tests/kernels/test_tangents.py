@@ -8,6 +8,7 @@ import torch
 from oracle import inside, random_logits, random_targets, random_weight, untouched
 
 pytest.importorskip("triton")
+from fused_ce import cpu  # noqa: E402
 from fused_ce.kernels import launch  # noqa: E402
 from fused_ce.kernels.launch import tangents_config  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
@@ -82,11 +83,12 @@ def check(rows, direction, upstream, options, results, gradients=()):
         assert same.all(), f"{name}: {error.nan_to_num(torch.inf).max():.2e} beside {size:.2e}"
 
 
-def tangents(rows, direction, upstream, options):
+def tangents(rows, direction, upstream, options, implementation=launch):
     """(results, gradients), the latter of all inputs that can have one."""
     inputs = (rows.logits, rows.targets) if rows.has_probabilities else (rows.logits,)
     gradients = [empty_gradient(tensor) for tensor in inputs]
-    return launch.tangents(direction, upstream, rows, options, *gradients), gradients
+    found = implementation.tangents(direction, upstream, rows, options, *gradients)
+    return found, gradients
 
 
 def compare(rows, direction, upstream, options):
@@ -215,6 +217,9 @@ class TestRowsOfAKind:
         rows.logits[0, 2, ::3] = -torch.inf
         rows.targets[0] = torch.tensor([2495, 3, 1, 2])
         compare(rows, direction, upstream, options)
+        check(
+            rows, direction, upstream, options, *tangents(rows, direction, upstream, options, cpu)
+        )
 
     def test_rows_of_nothing_but_minus_infinity(self, kernel_device):
         rows, direction, upstream = problem((1, 3, 65), "classes", torch.float32, kernel_device)
