@@ -52,6 +52,20 @@ def device(request):
         yield where
 
 
+@pytest.fixture(params=["cpu", "reference", CUDA])
+def compiled_device(request):
+    """All but the interpreter, for what takes hundreds of calls."""
+    with _entered(request.param) as where:
+        yield where
+
+
+@pytest.fixture
+def interpreter():
+    """The Triton kernels on CPU tensors, alone."""
+    with _entered("triton") as where:
+        yield where
+
+
 @pytest.fixture(params=["cpu", "triton", CUDA])
 def fused_device(request):
     """The backends with a gradient of their own."""

@@ -67,34 +67,29 @@ def factors(value):
     return torch.arange(1.0, value.numel() + 1, device=value.device).cos().view(value.shape)
 
 
-@pytest.fixture
-def both(device):
+def compared(device, options, probabilities=False):
     """(ours, the reference's, their arguments) of options and a kind of targets."""
-
-    def make(options, probabilities=False):
-        logits, targets, sample_weight = inputs(device, probabilities)
-        arguments = (logits, targets, sample_weight) if probabilities else (logits, sample_weight)
-        functions = (fused_cross_entropy, reference_cross_entropy)
-        return *(scalar_of(function, options, targets) for function in functions), arguments
-
-    return make
+    logits, targets, sample_weight = inputs(device, probabilities)
+    arguments = (logits, targets, sample_weight) if probabilities else (logits, sample_weight)
+    functions = (fused_cross_entropy, reference_cross_entropy)
+    return *(scalar_of(function, options, targets) for function in functions), arguments
 
 
 @pytest.mark.parametrize("probabilities", TARGETS)
 @pytest.mark.parametrize("options", WITH_STATS)
 class TestEveryOption:
-    def test_gradcheck(self, both, options, probabilities):
-        ours, _, arguments = both(options, probabilities)
+    def test_gradcheck(self, compiled_device, options, probabilities):
+        ours, _, arguments = compared(compiled_device, options, probabilities)
         leaves = [argument.requires_grad_() for argument in arguments]
         assert torch.autograd.gradcheck(ours, leaves, fast_mode=True, check_forward_ad=True)
 
-    def test_gradgradcheck(self, both, options, probabilities):
-        ours, _, arguments = both(options, probabilities)
+    def test_gradgradcheck(self, compiled_device, options, probabilities):
+        ours, _, arguments = compared(compiled_device, options, probabilities)
         leaves = [argument.requires_grad_() for argument in arguments]
         assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True)
 
-    def test_grad_and_jvp(self, both, options, probabilities):
-        ours, right, arguments = both(options, probabilities)
+    def test_grad_and_jvp(self, compiled_device, options, probabilities):
+        ours, right, arguments = compared(compiled_device, options, probabilities)
         every = tuple(range(len(arguments)))
         torch.testing.assert_close(grad(ours, every)(*arguments), grad(right, every)(*arguments))
         directions = tuple(argument.cos() for argument in arguments)
@@ -102,13 +97,36 @@ class TestEveryOption:
             jvp(ours, arguments, directions), jvp(right, arguments, directions)
         )
 
-    def test_hessian(self, both, options, probabilities):
+    def test_hessian(self, compiled_device, options, probabilities):
         """Forward over reverse, with the mixed second derivatives of all arguments."""
-        ours, right, arguments = both(options, probabilities)
+        ours, right, arguments = compared(compiled_device, options, probabilities)
         every = tuple(range(len(arguments)))
         torch.testing.assert_close(
             hessian(ours, every)(*arguments), hessian(right, every)(*arguments)
         )
+
+
+@pytest.mark.parametrize("probabilities", TARGETS)
+class TestInterpretedKernels:
+    """With everything on; tests/kernels/test_tangents.py has each option."""
+
+    options = dict(EVERYTHING, weight=WEIGHT, return_stats=True)
+
+    def test_second_derivatives(self, interpreter, probabilities):
+        ours, right, arguments = compared(interpreter, self.options, probabilities)
+        directions = tuple(argument.cos() for argument in arguments)
+        every = tuple(range(len(arguments)))
+        torch.testing.assert_close(
+            jvp(grad(ours, every), arguments, directions),
+            jvp(grad(right, every), arguments, directions),
+        )
+
+    def test_gradgradcheck(self, interpreter, probabilities):
+        ours, _, arguments = compared(interpreter, self.options, probabilities)
+        leaves = [argument[:2].clone().requires_grad_() for argument in arguments]
+        _, targets, _ = inputs(interpreter, probabilities)
+        ours = scalar_of(fused_cross_entropy, self.options, targets[:2])
+        assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("outer, inner", [
@@ -116,20 +134,21 @@ class TestEveryOption:
     pytest.param(jacrev, jacfwd, id="reverse-over-forward"),
     pytest.param(jacfwd, jacfwd, id="forward-over-forward"),
 ])  # fmt: skip
-def test_hessian_in_any_mode(both, outer, inner):
-    ours, right, arguments = both(EVERYTHING)
+def test_hessian_in_any_mode(compiled_device, outer, inner):
+    ours, right, arguments = compared(compiled_device, EVERYTHING)
     torch.testing.assert_close(outer(inner(ours))(*arguments), hessian(right)(*arguments))
 
 
 @pytest.mark.parametrize("outer", [jacfwd, jacrev])
 @pytest.mark.parametrize("probabilities", TARGETS)
-def test_third_derivatives(both, outer, probabilities):
-    ours, right, arguments = both(dict(EVERYTHING, return_stats=True), probabilities)
+def test_third_derivatives(compiled_device, outer, probabilities):
+    options = dict(EVERYTHING, return_stats=True)
+    ours, right, arguments = compared(compiled_device, options, probabilities)
     torch.testing.assert_close(outer(hessian(ours))(*arguments), jacrev(hessian(right))(*arguments))
 
 
-def test_third_derivative_by_autograd(both):
-    ours, right, (logits, sample_weight) = both({})
+def test_third_derivative_by_autograd(device):
+    ours, right, (logits, sample_weight) = compared(device, {})
 
     def third(function):
         leaf = logits.clone().requires_grad_()
@@ -227,8 +246,8 @@ class TestVmap:
 
     @pytest.mark.parametrize("dim", [0, 1, 2])
     @pytest.mark.parametrize("options", OPTIONS)
-    def test_logits_of_any_axis(self, both, options, dim):
-        ours, right, (_, sample_weight) = both(options)
+    def test_logits_of_any_axis(self, compiled_device, options, dim):
+        ours, right, (_, sample_weight) = compared(compiled_device, options)
         logits = random_logits(3, N, V, dtype=torch.float64, device=sample_weight.device)
         for mapped, one in ((ours, right), (grad(ours), grad(right))):
             got = vmap(mapped, in_dims=(dim, None))(logits.movedim(0, dim), sample_weight)
@@ -314,8 +333,8 @@ class TestForwardMode:
     """Dual numbers without torch.func."""
 
     @pytest.mark.parametrize("options", WITH_STATS)
-    def test_dual_logits(self, both, options):
-        ours, right, (logits, sample_weight) = both(options)
+    def test_dual_logits(self, compiled_device, options):
+        ours, right, (logits, sample_weight) = compared(compiled_device, options)
         direction = logits.cos()
         _, expected = jvp(lambda x: right(x, sample_weight), (logits,), (direction,))
         with forward_ad.dual_level():
