@@ -10,10 +10,11 @@ from oracle import inside, random_logits, random_targets, random_weight, untouch
 pytest.importorskip("triton")
 from fused_ce import cpu  # noqa: E402
 from fused_ce.kernels import launch  # noqa: E402
+from fused_ce.kernels.arguments import is_congruent  # noqa: E402
 from fused_ce.kernels.launch import tangents_config  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
 from fused_ce.reference import reference  # noqa: E402
-from fused_ce.rows import Direction, Rows, Upstream, empty_gradient  # noqa: E402
+from fused_ce.rows import Direction, Rows, Upstream, empty_gradient, is_dense  # noqa: E402
 
 PLAIN = LossOptions(reduction="none")
 EVERYTHING = LossOptions(
@@ -233,10 +234,11 @@ class TestRowsOfAKind:
         case = problem((1, 3, 1100), kind, torch.float32, kernel_device)
         logits = case[0].logits.mul_(256).round_().div_(256)  # exact at the offset
         results, gradients = tangents(*case, PLAIN)
-        logits += 1e4
-        again, their_gradients = tangents(*case, PLAIN)
-        assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
-        assert all(torch.equal(*pair) for pair in zip(gradients, their_gradients, strict=True))
+        for offset in (1e4, -2e4):
+            logits += offset
+            again, others = tangents(*case, PLAIN)
+            assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))
         check(*case, PLAIN, results, gradients)
 
     def test_a_maximum_that_moves(self, kernel_device):
@@ -249,30 +251,36 @@ class TestRowsOfAKind:
         compare(rows, direction, upstream, PLAIN)
 
 
-def strided(tensor, gap, offset):
-    """The same numbers, rows `gap` elements and groups a row apart; NaN is around them."""
+def apart(tensor, gap, offset, fill=torch.nan):
+    """(view, storage): rows `gap` elements and groups a row apart; `fill` is around them."""
     n, row = tensor.shape[1], tensor.shape[2] + gap
-    return inside(tensor, torch.nan, strides=((n + 1) * row, row, 1), offset=offset)[0]
+    return inside(tensor, fill, strides=((n + 1) * row, row, 1), offset=offset)
+
+
+def strided(tensor, gap, offset):
+    return apart(tensor, gap, offset)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("gap, offset", [(5, 3), (8, 0)], ids=str)
 def test_between_guard_bands(kernel_device, kind, dtype, gap, offset):
-    """Groups of rows; what lies beside them is not read (NaN) and not written (a sentinel)."""
+    """Groups of rows; what lies beside them is not read (NaN) and not written (a sentinel).
+
+    All begin alike, counted from a 16-byte boundary, and none as far apart as another.
+    """
     for vocab_size in (11, 1109):
         rows, direction, upstream = problem((2, 2, vocab_size), kind, dtype, kernel_device)
         rows = rows._replace(logits=strided(rows.logits, gap, offset))
-        direction = direction._replace(logits=strided(direction.logits, gap, offset))
+        direction = direction._replace(logits=strided(direction.logits, gap + 16, offset))
         inputs = [rows.logits]
         if kind == "probabilities":
-            rows = rows._replace(targets=strided(rows.targets, gap, offset))
-            direction = direction._replace(targets=strided(direction.targets, gap, offset))
+            rows = rows._replace(targets=strided(rows.targets, gap + 32, offset))
+            direction = direction._replace(targets=strided(direction.targets, gap + 48, offset))
             inputs.append(rows.targets)
-        strides = rows.logits.stride()
         places = [
-            inside(torch.full_like(t, torch.nan), 7.0, strides=strides, offset=offset)
-            for t in inputs
+            apart(torch.full(t.shape, torch.nan).to(t), gap + 64 + 16 * i, offset, fill=7.0)
+            for i, t in enumerate(inputs)
         ]
         gradients = [gradient for gradient, _ in places]
         results = launch.tangents(direction, upstream, rows, SMOOTH, *gradients)
@@ -317,6 +325,22 @@ def test_directions_that_lie_as_the_logits_are_never_copied(kernel_device, monke
     rows, direction, upstream = problem((2, 2, 1100), "probabilities", torch.float32, kernel_device)
     monkeypatch.setattr(launch, "empty_gradient", lambda _: pytest.fail("a copy"))
     launch.tangents(direction, upstream, rows, PLAIN, torch.empty_like(rows.logits))
+
+
+@pytest.mark.parametrize("gap, offset", [(0, 3), (5, 0), (8, 0)], ids=str)
+def test_directions_come_to_lie_as_the_logits(kernel_device, monkeypatch, gap, offset):
+    """The kernel is told so, and a 16-byte load elsewhere is an error on a GPU."""
+    rows, direction, upstream = problem((2, 2, 1101), "classes", torch.bfloat16, kernel_device)
+    rows = rows._replace(logits=strided(rows.logits, 2, 1))
+    given, run = [], launch.launch_tangents
+    monkeypatch.setattr(launch, "launch_tangents", lambda *a: given.append(a[0]) or run(*a))
+    for logits in (
+        strided(direction.logits, gap, offset),
+        direction.logits[:1, :1].expand(2, 2, -1),
+    ):
+        launch.tangents(Direction(logits), upstream, rows, PLAIN)
+        assert is_dense(given[-1].logits) and is_congruent(rows.logits, given[-1].logits)
+        assert torch.equal(given[-1].logits, logits)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])
