@@ -162,7 +162,7 @@ class RowLosses(torch.autograd.Function):
         if not options.return_stats:
             found[1:] = [nothing.clone(), nothing.clone(), nothing.long()]
         if options.backend == "triton":  # a size that does not depend on that of the vocabulary
-            nothing = torch.empty_like(result.loss)
+            nothing = torch.zeros_like(result.loss)
         return *found, *(nothing.clone() if tensor is None else tensor for tensor in kept)
 
     @staticmethod

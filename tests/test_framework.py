@@ -12,7 +12,7 @@ from fused_ce import fused_cross_entropy
 V = 65
 
 
-def trained(function, device, dtype, scaled, steps=25):
+def trained(function, device, dtype, scaled, steps=15):
     """(losses, weights) of a small model trained in mixed precision."""
     torch.manual_seed(0)
     kind = torch.device(device).type
@@ -21,7 +21,7 @@ def trained(function, device, dtype, scaled, steps=25):
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler(kind, init_scale=2.0**12, enabled=scaled)
-    tokens = random_targets(8, 17, classes=V, device=device)
+    tokens = random_targets(2, 9, classes=V, device=device)
     losses = []
     for _ in range(steps):
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
@@ -45,14 +45,14 @@ def test_mixed_precision_trains_as_with_torch(fused_device, dtype, scaled):
     ours, _ = trained(fused_cross_entropy, fused_device, dtype, scaled)
     torchs, _ = trained(F.cross_entropy, fused_device, dtype, scaled)
     right, _ = trained(F.cross_entropy, fused_device, torch.float32, False)
-    assert ours[-1] < 0.5 * ours[0]
+    assert ours[-1] < 0.7 * ours[0]
     distance = (torchs - right).abs().max()
     assert (ours - right).abs().max() <= 2 * distance + 0.01
 
 
 def test_float16_gradients_survive_with_a_scale(fused_device):
-    """1e-8 underflows in float16; 1e-8 times the scaler's factor does not."""
-    n_rows = 512
+    """3e-8 underflows in float16; 3e-8 times the scaler's factor does not."""
+    n_rows = 64
     logits = random_logits(n_rows, V, device=fused_device).half().requires_grad_()
     targets = random_targets(n_rows, classes=V, device=fused_device)
     loss = fused_cross_entropy(logits, targets)
