@@ -12,7 +12,7 @@ from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.config import ModelConfig, TrainConfig
 from fused_ce.babygpt.errors import CheckpointError
 from fused_ce.babygpt.model import BabyGPT
-from fused_ce.babygpt.tokenizer import CharTokenizer
+from fused_ce.babygpt.tokenizer import Tokenizer, make_tokenizer
 
 KEYS = {
     "config", "model_config", "vocabulary", "corpus_sha256", "step", "best_val", "model",
@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return max(states, key=lambda state: state["step"]), problems
 
 
-def load_model(folder: Path) -> tuple[BabyGPT, CharTokenizer, dict[str, Any]]:
+def load_model(folder: Path) -> tuple[BabyGPT, Tokenizer, dict[str, Any]]:
     """Return the model of best.pt, else of last.pt, its tokenizer, and the whole state.
 
     Raises:
@@ -102,6 +102,7 @@ def load_model(folder: Path) -> tuple[BabyGPT, CharTokenizer, dict[str, Any]]:
     try:
         model = BabyGPT(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError) as error:
+        kind = state["config"].get("tokenizer", "chars")
+    except (TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{paths[0]} does not fit this version of BabyGPT") from error
-    return model, CharTokenizer(state["vocabulary"]), state
+    return model, make_tokenizer(kind, state["vocabulary"]), state

@@ -60,7 +60,12 @@ class TrainConfig:
     preset: str = "quick"
     """Where the defaults come from: quick, v1 or v12."""
     data: str = "pydocs"
-    """pydocs (the standard library's help texts), or the path of a UTF-8 text file."""
+    """pydocs (the standard library's help texts), ci (Song ci), kjv (the King James Bible), or the
+    path of a UTF-8 text file."""
+    tokenizer: Literal["chars", "bpe"] = "chars"
+    """chars: a token is a character; bpe: byte-level BPE, which learns from the training split."""
+    bpe_vocab_size: int = 4096
+    """Tokens that bpe may have; a short text has fewer to learn."""
     loss: Literal["fused", "torch"] = "fused"
     """fused: this project's cross-entropy; torch: F.cross_entropy, to compare."""
     out: Path | None = None
@@ -72,7 +77,7 @@ class TrainConfig:
     batch_size: int = 16
     """Windows of text in a step."""
     block_size: int = 64
-    """Characters in a window: the longest context that the model sees."""
+    """Tokens in a window: the longest context that the model sees."""
     n_layer: int = 3
     """Transformer blocks; 0 is an embedding and a linear map, without positions or final norm."""
     n_head: int = 4
@@ -110,6 +115,10 @@ class TrainConfig:
         """Raise UserError for a value that no run can have."""
         if self.loss not in ("fused", "torch"):
             raise UserError(f"--loss must be fused or torch, got {self.loss!r}")
+        if self.tokenizer not in ("chars", "bpe"):
+            raise UserError(f"--tokenizer must be chars or bpe, got {self.tokenizer!r}")
+        if self.bpe_vocab_size < 256:
+            raise UserError(f"--bpe-vocab-size must be 256 or more, got {self.bpe_vocab_size}")
         _require_positive(self, "max_steps", "batch_size", "lr", "clip")
         _require_positive(self, "eval_interval", "eval_iters", "checkpoint_interval")
         _require_not_negative(self, "warmup_steps", "weight_decay")
@@ -217,4 +226,4 @@ class EvalConfig:
     checkpoint: Path
     """The folder of the run: best.pt is read, else last.pt."""
     data: str | None = None
-    """pydocs, or the path of a UTF-8 text file; None is what the run was trained on."""
+    """pydocs, ci, kjv, or the path of a UTF-8 text file; None is what the run was trained on."""

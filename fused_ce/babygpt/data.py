@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,49 +10,65 @@ import torch
 from torch import Tensor
 
 from fused_ce.babygpt.atomic import atomic_file
-from fused_ce.babygpt.corpora import read_text
+from fused_ce.babygpt.corpora import cache_folder, read_text, text_sha256, writing_cache
 from fused_ce.babygpt.errors import UserError
-from fused_ce.babygpt.tokenizer import CharTokenizer
+from fused_ce.babygpt.tokenizer import (
+    BPETokenizer,
+    Tokenizer,
+    make_tokenizer,
+    token_dtype,
+    tokenizer_sha256,
+    train_tokenizer,
+)
 
 TRAIN_SHARE = 0.9
+BPE_VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tokens of a text, with the vocabulary that made them."""
+    """The tokens of a text, with the tokenizer that made them."""
 
     splits: dict[str, np.ndarray]  # "train" and "val", each (n,) uint16 or uint32
-    tokenizer: CharTokenizer
+    characters: dict[str, int]  # of the text of each split
+    tokenizer: Tokenizer
     corpus_sha256: str
 
 
-def cache_folder() -> Path:
-    """Return the folder of the encoded texts: FUSED_CE_CACHE, else ~/.cache/fused-ce."""
-    return Path(os.environ.get("FUSED_CE_CACHE") or "~/.cache/fused-ce").expanduser()
-
-
-def load_dataset(data: str) -> Dataset:
+def load_dataset(
+    data: str, tokenizer: str | Tokenizer = "chars", bpe_vocab_size: int = BPE_VOCAB_SIZE
+) -> Dataset:
     """Return the tokens of a corpus or file; they are encoded the first time and re-used later.
 
-    The cache is addressed by the hash of the text, so a file that changes is encoded anew.
+    The cache is addressed by the hashes of text and tokenizer, so a file that changes is encoded
+    anew; what is found damaged there is made again. Any number of processes may do this at once.
+
+    Args:
+        data: the name of a corpus, or the path of a UTF-8 text file.
+        tokenizer: "chars"; "bpe", which learns from the training split; or one that exists.
+        bpe_vocab_size: tokens that "bpe" may have.
 
     Raises:
-        UserError: the text cannot be read.
+        UserError: the text cannot be had, has characters unknown to a tokenizer that exists, or
+            the cache cannot be written.
     """
     text = read_text(data)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    folder = cache_folder() / f"chars-{sha256[:16]}"
+    sha256 = text_sha256(text)
+    if isinstance(tokenizer, str):
+        tokenizer = _tokenizer(tokenizer, text, sha256, bpe_vocab_size)
+    name = f"{tokenizer.kind}-{sha256[:16]}-{tokenizer_sha256(tokenizer)[:16]}"
+    folder = cache_folder() / "tokens" / name
     try:
-        return _open(folder, sha256)
-    except (OSError, ValueError, KeyError):  # not there yet, or not whole
-        _encode(text, folder, sha256)
-        return _open(folder, sha256)
+        return _open(folder, sha256, tokenizer)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not whole
+        _encode(data, text, folder, sha256, tokenizer)
+        return _open(folder, sha256, tokenizer)
 
 
-def split_tokens(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the first 90 % of the tokens as "train", the rest as "val"."""
-    n_train = int(TRAIN_SHARE * len(tokens))
-    return {"train": tokens[:n_train], "val": tokens[n_train:]}
+def split_text(text: str) -> dict[str, str]:
+    """Return the first 90 % of the characters as "train", the rest as "val"."""
+    n_train = int(TRAIN_SHARE * len(text))
+    return {"train": text[:n_train], "val": text[n_train:]}
 
 
 def get_batch(
@@ -102,42 +117,92 @@ def get_batch(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def _encode(text: str, folder: Path, sha256: str) -> None:
-    """Write train.bin, val.bin and then meta.json: what has a meta.json is complete."""
-    tokenizer = CharTokenizer(text)
-    splits = split_tokens(tokenizer.encode(text))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, tokens in splits.items():
-        with atomic_file(folder / f"{name}.bin") as file:
-            file.write(tokens.tobytes())
-    meta = {
-        "corpus_sha256": sha256,
+def _tokenizer(kind: str, text: str, sha256: str, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a text; what BPE learnt is in the cache the second time."""
+    if kind != BPETokenizer.kind:
+        return train_tokenizer(kind, text, "", vocab_size)
+    path = cache_folder() / "tokenizers" / f"{kind}-{vocab_size}-{sha256[:16]}.json"
+    try:
+        saved = json.loads(path.read_bytes())
+        tokenizer = make_tokenizer(kind, saved["vocabulary"])
+        if saved == {"corpus_sha256": sha256, **_identity(tokenizer)}:
+            return tokenizer
+    except (OSError, ValueError, KeyError, TypeError, UserError):  # not there, or not whole
+        pass
+    tokenizer = train_tokenizer(kind, text, split_text(text)["train"], vocab_size)
+    with writing_cache(path.parent), atomic_file(path) as file:
+        file.write(json.dumps({"corpus_sha256": sha256, **_identity(tokenizer)}).encode())
+    return tokenizer
+
+
+def _identity(tokenizer: Tokenizer) -> dict[str, str | int]:
+    """Return what makes the same tokenizer again, and its hash."""
+    return {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
         "vocabulary": tokenizer.vocabulary,
-        "dtype": np.dtype(tokenizer.dtype).name,
-        "sizes": {name: len(tokens) for name, tokens in splits.items()},
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
     }
-    with atomic_file(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
 
 
-def _open(folder: Path, sha256: str) -> Dataset:
+def _encode(data: str, text: str, folder: Path, sha256: str, tokenizer: Tokenizer) -> None:
+    """Write train.bin, val.bin and then meta.json: what has a meta.json is complete."""
+    parts = split_text(text)
+    try:
+        splits = {name: tokenizer.encode(part) for name, part in parts.items()}
+    except UserError:
+        tokenizer.encode(text)  # names what is unknown in either split
+        raise
+    meta = {
+        "corpus": data,
+        "corpus_sha256": sha256,
+        "tokenizer": _identity(tokenizer),
+        "dtype": np.dtype(token_dtype(tokenizer.vocab_size)).name,
+        "splits": {
+            name: {
+                "characters": len(parts[name]),
+                "tokens": len(tokens),
+                "sha256": hashlib.sha256(tokens).hexdigest(),
+            }
+            for name, tokens in splits.items()
+        },
+    }
+    with writing_cache(folder):
+        for name, tokens in splits.items():
+            with atomic_file(folder / f"{name}.bin") as file:
+                file.write(tokens.tobytes())
+        with atomic_file(folder / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+
+
+def _open(folder: Path, sha256: str, tokenizer: Tokenizer) -> Dataset:
     """Map the files of a folder; any error says that they are not usable."""
     meta = json.loads((folder / "meta.json").read_bytes())
-    if meta["corpus_sha256"] != sha256:
-        raise ValueError(f"{folder} holds another text")
-    splits = {}
-    for name, size in meta["sizes"].items():
-        splits[name] = np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r")
-        if len(splits[name]) != size:
-            raise ValueError(f"{folder / name}.bin is truncated")
-    return Dataset(splits, CharTokenizer(meta["vocabulary"]), sha256)
+    dtype = token_dtype(tokenizer.vocab_size)
+    if (
+        meta["corpus_sha256"] != sha256
+        or meta["tokenizer"] != _identity(tokenizer)
+        or meta["dtype"] != np.dtype(dtype).name
+    ):
+        raise ValueError(f"{folder} holds other tokens")
+    splits, characters = {}, {}
+    for name in ("train", "val"):
+        path, split = folder / f"{name}.bin", meta["splits"][name]
+        if not split["tokens"]:  # an empty file cannot be mapped
+            splits[name] = np.empty(0, dtype)
+        else:
+            splits[name] = np.memmap(path, dtype=dtype, mode="r")
+        if hashlib.sha256(splits[name]).hexdigest() != split["sha256"]:
+            raise ValueError(f"{path} is damaged")
+        characters[name] = split["characters"]
+    return Dataset(splits, characters, tokenizer, sha256)
 
 
-def require_windows(splits: dict[str, np.ndarray], block_size: int) -> None:
+def require_windows(splits: dict[str, np.ndarray], block_size: int, unit: str = "token") -> None:
     """Raise UserError unless every split holds a window of block_size tokens and the next."""
     for name, tokens in splits.items():
         if len(tokens) <= block_size:
             raise UserError(
-                f"--block-size {block_size} needs at least {block_size + 1} characters in the "
+                f"--block-size {block_size} needs at least {block_size + 1} {unit}s in the "
                 f"{name} split of --data, got {len(tokens)}"
             )

@@ -9,7 +9,6 @@ from torch import nn
 from fused_ce.babygpt import data as batches  # `data` is the name of an argument here
 from fused_ce.babygpt.checkpoint import load_model
 from fused_ce.babygpt.config import EvalConfig
-from fused_ce.babygpt.corpora import read_text
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import BabyGPT, evaluating
 
@@ -96,11 +95,13 @@ def evaluate(config: EvalConfig) -> None:
     """
     model, tokenizer, saved = load_model(config.checkpoint)
     data = config.data if config.data is not None else saved["config"]["data"]
-    val = batches.split_tokens(tokenizer.encode(read_text(data)))["val"]
+    dataset = batches.load_dataset(data, tokenizer)
+    val, unit = dataset.splits["val"], tokenizer.unit
     if len(val) < 2:
-        raise UserError(f"the val split of {data!r} needs at least 2 characters, got {len(val)}")
+        raise UserError(f"the val split of {data!r} needs at least 2 {unit}s, got {len(val)}")
     loss = exact_loss(model, val)
-    print(f"{data}: val split, {len(val):,} characters, at step {saved['step']}")
-    print(f"loss                {loss:.4f} nats per character")
+    print(f"{data}: val split, {len(val):,} {unit}s, at step {saved['step']}")
+    print(f"loss                {loss:.4f} nats per {unit}")
     print(f"perplexity          {math.exp(loss):.4f}")
-    print(f"bits per character  {loss / math.log(2):.4f}")
+    tokens_per_character = len(val) / dataset.characters["val"]
+    print(f"bits per character  {loss * tokens_per_character / math.log(2):.4f}")

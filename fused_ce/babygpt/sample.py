@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_ce.babygpt.checkpoint import load_model
 from fused_ce.babygpt.config import SampleConfig
 from fused_ce.babygpt.model import BabyGPT, evaluating
-from fused_ce.babygpt.tokenizer import CharTokenizer
+from fused_ce.babygpt.tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def choose_token(
 
 def stream(
     model: BabyGPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
     *,
@@ -90,8 +90,9 @@ def stream(
         UserError: the prompt has characters that the vocabulary lacks.
     """
     device = next(model.parameters()).device
-    start = prompt or ("\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0])
+    start = prompt or tokenizer.start
     idx = torch.from_numpy(tokenizer.encode(start).astype("int64"))[None].to(device)
+    decode = tokenizer.incremental_decoder()  # a token may end in the middle of a character
     print(prompt, end="", flush=True)
     generate(
         model,
@@ -101,9 +102,9 @@ def stream(
         top_k=top_k,
         top_p=top_p,
         generator=torch.Generator(device).manual_seed(seed),
-        on_token=lambda token: print(tokenizer.decode(token[0].tolist()), end="", flush=True),
+        on_token=lambda token: print(decode(token[0].tolist()), end="", flush=True),
     )
-    print()
+    print(decode([], final=True))
 
 
 def sample(config: SampleConfig) -> None:

