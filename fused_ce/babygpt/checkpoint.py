@@ -16,7 +16,7 @@ from fused_ce.babygpt.tokenizer import Tokenizer, make_tokenizer
 
 KEYS = {
     "config", "model_config", "vocabulary", "corpus_sha256", "step", "best_val", "model",
-    "optimizer", "schedule", "batch_generator", "torch_rng", "cuda_rng",
+    "optimizer", "schedule", "scaler", "generators",
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class TrainConfig:
     """Train a BabyGPT and leave checkpoints, a log, a loss curve and weights in a folder."""
 
     preset: str = "quick"
-    """Where the defaults come from: quick, v1 or v12."""
+    """Where the defaults come from: quick, v1, v12 or gpt2."""
     data: str = "pydocs"
     """pydocs (the standard library's help texts), ci (Song ci), kjv (the King James Bible), or the
     path of a UTF-8 text file."""
@@ -68,6 +68,8 @@ class TrainConfig:
     """Tokens that bpe may have; a short text has fewer to learn."""
     loss: Literal["fused", "torch"] = "fused"
     """fused: this project's cross-entropy; torch: F.cross_entropy, to compare."""
+    inplace: bool = False
+    """The gradient of the fused loss overwrites the logits: less memory."""
     out: Path | None = None
     """The folder of the run; None is runs/PRESET."""
     resume: bool = False
@@ -75,7 +77,9 @@ class TrainConfig:
     max_steps: int = 1500
     """Optimiser steps in all."""
     batch_size: int = 16
-    """Windows of text in a step."""
+    """Windows of text in a micro-batch of one process."""
+    grad_accum: int = 1
+    """Micro-batches in a step, equal to one large batch."""
     block_size: int = 64
     """Tokens in a window: the longest context that the model sees."""
     n_layer: int = 3
@@ -88,6 +92,8 @@ class TrainConfig:
     """Probability of dropping an activation while training."""
     tie_weights: bool = False
     """Use the token embedding as the last linear map too."""
+    min_vocab_size: int = 0
+    """Pad the model's vocabulary to this size where the text has fewer tokens."""
     lr: float = 3e-3
     """Largest learning rate, reached after the warm-up."""
     min_lr: float | None = 1e-4
@@ -106,6 +112,16 @@ class TrainConfig:
     """Random batches of each split in an evaluation."""
     checkpoint_interval: int = 500
     """Steps between two writes of last.pt."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of matrix products and logits (autocast); float16 scales its loss. Weights are float32."""
+    tf32: bool = False
+    """Let float32 matrix products on a GPU round their inputs to TF32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, also on a GPU."""
+    fsdp: bool = False
+    """Shard the model over the processes of torchrun (FSDP2) instead of copying it (DDP)."""
     seed: int = 1337
     """Seed of the weights, the batches and the dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -119,9 +135,13 @@ class TrainConfig:
             raise UserError(f"--tokenizer must be chars or bpe, got {self.tokenizer!r}")
         if self.bpe_vocab_size < 256:
             raise UserError(f"--bpe-vocab-size must be 256 or more, got {self.bpe_vocab_size}")
-        _require_positive(self, "max_steps", "batch_size", "lr", "clip")
+        if self.inplace and self.loss != "fused":
+            raise UserError(f"--inplace needs --loss fused, got {self.loss}")
+        if self.fsdp and self.dtype == "float16":
+            raise UserError("--fsdp needs --dtype float32 or bfloat16, got float16")
+        _require_positive(self, "max_steps", "batch_size", "grad_accum", "lr", "clip")
         _require_positive(self, "eval_interval", "eval_iters", "checkpoint_interval")
-        _require_not_negative(self, "warmup_steps", "weight_decay")
+        _require_not_negative(self, "warmup_steps", "weight_decay", "min_vocab_size")
         _require_seed(self.seed)
         if not math.isfinite(self.lr):
             raise UserError(f"--lr must be finite, got {self.lr}")
@@ -135,9 +155,9 @@ class TrainConfig:
         self.model(vocab_size=1)  # its checks speak of the same flags
 
     def model(self, vocab_size: int) -> ModelConfig:
-        """Return the shape of the model for a vocabulary of this size."""
+        """Return the shape of the model for a vocabulary of this size, padded if need be."""
         return ModelConfig(
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, self.min_vocab_size),
             block_size=self.block_size,
             n_layer=self.n_layer,
             n_head=self.n_head,
@@ -173,6 +193,14 @@ PRESETS = {
         preset="v12", block_size=256, batch_size=64, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
         lr=3e-4, min_lr=None, warmup_steps=0, decay_steps=None,
         max_steps=5000, eval_interval=50, eval_iters=20, checkpoint_interval=250,
+    ),
+    # GPT-2 small, 124M parameters; 65,536 tokens a step on one GPU.
+    "gpt2": TrainConfig(
+        preset="gpt2", block_size=1024, batch_size=16, grad_accum=4,
+        n_layer=12, n_head=12, n_embd=768, tie_weights=True, min_vocab_size=50_257,
+        lr=6e-4, min_lr=6e-5, warmup_steps=500, decay_steps=None, weight_decay=0.1,
+        max_steps=10_000, eval_interval=250, eval_iters=20, checkpoint_interval=500,
+        dtype="bfloat16",
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,24 @@ from torch import Tensor, nn
 from fused_ce import fused_cross_entropy
 from fused_ce.babygpt.config import ModelConfig
 
+IGNORED = -100  # the target of a position that does not count
 
-def fused_loss(logits: Tensor, targets: Tensor) -> Tensor:
+
+def fused_loss(
+    logits: Tensor, targets: Tensor, normalizer: Tensor | None = None, *, inplace: bool = False
+) -> Tensor:
     """Mean loss by this project's operator; logits (..., V), targets (...)."""
-    return fused_cross_entropy(logits, targets, dim=-1)  # said, as (B, T, V) may have T = V
+    return fused_cross_entropy(  # dim is said, as (B, T, V) may have T = V
+        logits, targets, dim=-1, normalizer=normalizer, inplace=inplace
+    )
 
 
-def torch_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def torch_loss(logits: Tensor, targets: Tensor, normalizer: Tensor | None = None) -> Tensor:
     """Mean loss by PyTorch; logits (..., V), targets (...)."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    if normalizer is None:
+        return F.cross_entropy(logits, targets)
+    return F.cross_entropy(logits, targets, reduction="sum") / normalizer
 
 
 LOSSES = {"fused": fused_loss, "torch": torch_loss}
@@ -76,13 +86,14 @@ class BabyGPT(nn.Module):
     Args:
         config: the shape.
         loss: "fused" or "torch": which cross-entropy computes the loss.
+        inplace: the gradient of the fused loss overwrites the logits.
     """
 
-    def __init__(self, config: ModelConfig, loss: str = "fused"):
+    def __init__(self, config: ModelConfig, loss: str = "fused", *, inplace: bool = False):
         """Make the layers and draw their weights from PyTorch's global generator."""
         super().__init__()
         self.config = config
-        self.loss = LOSSES[loss]
+        self.loss = partial(fused_loss, inplace=True) if inplace else LOSSES[loss]
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.n_layer:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -106,15 +117,19 @@ class BabyGPT(nn.Module):
                 # 2 n_layer of them add to the residual stream: this keeps its variance.
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, normalizer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Score the next token at every position.
 
         Args:
             idx: (B, T) tokens, T at most the block size.
-            targets: (B, T) the tokens that came next, or None.
+            targets: (B, T) the tokens that came next, IGNORED where none counts, or None.
+            normalizer: 0-d, what the sum of the losses is divided by; None is what counts here.
 
         Returns:
-            logits (B, T, V), and the mean loss in nats, or None without targets.
+            logits (B, T, V), and the mean loss in nats, or None without targets. With inplace and
+            gradients the logits hold the loss's gradient afterwards.
 
         Raises:
             ValueError: T is larger than the block size.
@@ -127,7 +142,9 @@ class BabyGPT(nn.Module):
             x = x + self.position_embedding(torch.arange(T, device=idx.device))
             x = self.norm(self.blocks(self.dropout(x)))
         logits = self.head(x)
-        return logits, None if targets is None else self.loss(logits, targets)
+        if targets is None:
+            return logits, None
+        return logits, self.loss(logits, targets, normalizer)
 
 
 @contextmanager

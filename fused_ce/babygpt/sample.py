@@ -22,6 +22,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     on_token: Callable[[Tensor], None] | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Continue every row of idx; the model sees at most its block size of what came before.
 
@@ -34,13 +35,14 @@ def generate(
         top_p: draw from the fewest tokens that have this probability together.
         generator: where the randomness comes from, on the device of idx; None is PyTorch's own.
         on_token: called with each new (B, 1) token.
+        vocab_size: draw below it only: the rest of a padded vocabulary means nothing.
 
     Returns:
         (B, T + max_new_tokens) tokens.
     """
     with evaluating(model):
         for _ in range(max_new_tokens):
-            logits = model(idx[:, -model.config.block_size :])[0][:, -1]  # (B, V)
+            logits = model(idx[:, -model.config.block_size :])[0][:, -1, :vocab_size]  # (B, V)
             token = choose_token(logits, temperature, top_k, top_p, generator)
             idx = torch.cat((idx, token), dim=1)
             if on_token is not None:
@@ -103,6 +105,7 @@ def stream(
         top_p=top_p,
         generator=torch.Generator(device).manual_seed(seed),
         on_token=lambda token: print(decode(token[0].tolist()), end="", flush=True),
+        vocab_size=tokenizer.vocab_size,
     )
     print(decode([], final=True))
 

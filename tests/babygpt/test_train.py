@@ -1,26 +1,32 @@
 """Runs: what they leave, and that they can be stopped and continued anywhere."""
 
 import json
+import mmap
 import os
+import random
+import re
+import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ce.babygpt import data as batches
-from fused_ce.babygpt import train as train_module
-from fused_ce.babygpt.checkpoint import load_checkpoint, newest_checkpoint
-from fused_ce.babygpt.config import TrainConfig
+from fused_ce.babygpt.__main__ import main
+from fused_ce.babygpt.checkpoint import load_checkpoint, load_model, newest_checkpoint
+from fused_ce.babygpt.config import PRESETS
 from fused_ce.babygpt.data import load_dataset
+from fused_ce.babygpt.device import resolve_device
+from fused_ce.babygpt.distributed import World
 from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.model import BabyGPT
 from fused_ce.babygpt.record import Record
+from fused_ce.babygpt.sample import stream
 from fused_ce.babygpt.train import Run, train
-
-CPU = torch.device("cpu")
+from tests.babygpt.processes import fork, wait, wait_for_rows
 
 
 def weights(folder):
@@ -103,7 +109,7 @@ def test_fused_and_torch_losses_give_the_same_curve(config):
     dataset = load_dataset(config.data)
     curves = []
     for loss in ("fused", "torch"):
-        run = Run(replace(config, loss=loss), dataset, CPU)
+        run = Run(replace(config, loss=loss), dataset, World())
         curves.append(torch.stack([run.advance() for _ in range(200)]))
     torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-4)
     assert curves[0][-1] < curves[0][0] - 0.3
@@ -195,7 +201,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
 
 
 def test_clip_bounds_the_norm_of_the_gradient(config):
-    run = Run(replace(config, clip=1e-3), load_dataset(config.data), CPU)
+    run = Run(replace(config, clip=1e-3), load_dataset(config.data), World())
     run.advance()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
@@ -239,30 +245,21 @@ def test_a_log_is_kept_up_to_the_step_of_the_checkpoint(tmp_path):
 
 def test_device_cuda_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert train_module.resolve_device("auto") == CPU
+    assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cuda needs a GPU"):
-        train_module.resolve_device("cuda")
+        resolve_device("cuda")
 
 
-def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(config, flags):
-    command = [sys.executable, "-m", "fused_ce.babygpt", "train", "--out", str(config.out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    flags = [*flags, "--max-steps", "2000"]
-    process = subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-    log = config.out / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped at step" in out and "Traceback" not in err
+def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(config, flags, tmp_path):
+    words = ["train", *flags, "--out", str(config.out), "--max-steps", "20000"]
+    pid = fork(lambda: main(words), tmp_path / "printed")
+    wait_for_rows(config.out, 4)
+    os.kill(pid, signal.SIGINT)
+    wait([pid], status=130)
+    printed = (tmp_path / "printed").read_text()
+    assert "stopped at step" in printed and "Traceback" not in printed
     stopped = load_checkpoint(config.out / "last.pt")["step"]
-    assert 30 <= stopped < 2000
+    assert 30 <= stopped < 20_000
     end = stopped + 25
     saved, _ = newest_checkpoint(config.out)
     train(replace(config, max_steps=end), saved)
@@ -271,8 +268,200 @@ def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(config, flags):
     assert weights(config.out) == weights(whole.out)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_and_continues_bit_for_bit(config, dtype):
+    config = replace(config, dtype=dtype, dropout=0.0, max_steps=40, decay_steps=40)
+    train(config)
+    first, *_, last = rows(config.out)
+    assert last["val"] < first["val"] - 0.3
+    parts = replace(config, out=config.out.parent / "parts")
+    train(replace(parts, max_steps=13))
+    train(parts, newest_checkpoint(parts.out)[0])
+    assert weights(parts.out) == weights(config.out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_that_of_the_logits_and_weights_are_float32(config, dtype):
+    run = Run(replace(config, dtype=dtype), load_dataset(config.data), World())
+    seen = []
+    run.model.head.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    run.advance()
+    assert seen == [getattr(torch, dtype)]
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_a_float16_step_that_overflows_is_left_out(config):
+    run = Run(replace(config, dtype="float16", warmup_steps=0), load_dataset(config.data), World())
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**40})
+    before = run.model.head.weight.detach().clone()
+    run.advance()
+    assert run.scaler.get_scale() == 2.0**39 and torch.equal(run.model.head.weight, before)
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**10})
+    run.advance()
+    assert not torch.equal(run.model.head.weight, before)
+    again = Run(run.config, run.dataset, World())
+    again.restore(run.state())
+    assert again.scaler.state_dict() == run.scaler.state_dict()
+
+
+def test_a_float16_run_whose_scale_is_used_up_stops(config):
+    run = Run(replace(config, dtype="float16"), load_dataset(config.data), World())
+    with torch.no_grad():
+        run.model.head.weight[0] = torch.inf
+    with pytest.raises(UserError, match="before step 17: the gradient is not finite"):
+        for _ in range(20):
+            run.advance()
+
+
+def test_inplace_gives_the_same_run(config):
+    train(config)
+    inplace = replace(config, inplace=True, out=config.out.parent / "inplace")
+    train(inplace)
+    assert losses(inplace.out) == losses(config.out)
+    assert weights(inplace.out) == weights(config.out)
+    run = Run(inplace, load_dataset(config.data), World())
+    x, y = run._draw()
+    logits, _ = run.model(x, y)
+    assert logits.sum(-1).abs().max() < 1e-6  # a gradient's rows sum to 0, the logits' do not
+
+
+def test_a_compiled_run_follows_the_same_curve(config, monkeypatch):
+    backends = []
+
+    def compile_cheaply(module):  # inductor would take half a minute
+        backends.append("aot_eager")
+        module._compiled_call_impl = torch.compile(
+            module._call_impl, backend="aot_eager", fullgraph=True
+        )
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_cheaply)
+    config = replace(config, dropout=0.0)
+    curves = []
+    for flag in (False, True):
+        run = Run(replace(config, compile=flag), load_dataset(config.data), World())
+        curves.append(torch.stack([run.advance() for _ in range(10)]))
+    assert backends == ["aot_eager"]
+    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-5)
+
+
+def test_numerical_switches_hold_during_the_run_alone(config, monkeypatch):
+    seen = []
+    advance = Run.advance
+
+    def observe(run):
+        seen.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
+        )
+        return advance(run)
+
+    monkeypatch.setattr(Run, "advance", observe)
+    train(replace(config, max_steps=1))
+    train(replace(config, max_steps=1, deterministic=True, tf32=True))
+    assert seen == [(False, "highest"), (True, "high")]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_micro_batches_do_not_make_the_host_wait(config):
+    class CountReads(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func in (torch.ops.aten._local_scalar_dense.default,)
+            return func(*args, **(kwargs or {}))
+
+    reads = []
+    for grad_accum in (1, 5):  # torch's loss: the CPU path of ours reads the targets
+        accumulating = replace(config, grad_accum=grad_accum, loss="torch")
+        run = Run(accumulating, load_dataset(config.data), World())
+        with CountReads() as count:
+            run.advance()
+        reads.append(count.n)
+    assert reads[0] == reads[1] <= 2
+
+
+def test_gpt2_has_the_parameters_of_gpt2():
+    with torch.device("meta"):
+        model = BabyGPT(PRESETS["gpt2"].model(vocab_size=65))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert model.head.out_features == 50_257
+
+
+def test_a_padded_vocabulary_trains_and_is_never_drawn(config, capsys):
+    train(replace(config, min_vocab_size=5000, max_steps=2))
+    model, tokenizer, _ = load_model(config.out)
+    assert model.head.out_features == 5000 and tokenizer.vocab_size == 28
+    stream(model, tokenizer, "", 50, temperature=100.0, seed=0)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(config, flags, tmp_path):
+    def fill_the_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        return main(["train", "--resume", "--out", str(config.out), "--max-steps", "30"])
+
+    train(config)
+    wait([fork(fill_the_disk, tmp_path / "printed")], status=1)
+    printed = (tmp_path / "printed").read_text()
+    assert re.search("^error: .*File too large$", printed, re.MULTILINE)
+    assert "Traceback" not in printed
+    assert load_checkpoint(config.out / "last.pt")["step"] == 20
+
+
+def test_a_lack_of_memory_is_explained(config, monkeypatch):
+    def fail(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Run, "advance", fail)
+    with pytest.raises(UserError, match="too little memory for --batch-size 4"):
+        train(config)
+
+
+def test_kill_at_any_moment_loses_at_most_the_checkpoint_interval(config, tmp_path):
+    """kill -9, a dozen times; the run that is left is the uninterrupted one bit for bit."""
+    whole = replace(
+        config, max_steps=120, eval_interval=40, checkpoint_interval=2, out=tmp_path / "whole"
+    )
+    began = time.perf_counter()
+    train(whole)
+    pause = random.Random(0)
+    seconds = (time.perf_counter() - began) / 12
+    config = replace(whole, out=tmp_path / "killed")
+    steps = mmap.mmap(-1, 8)  # shared with the processes: the step that the run has reached
+    advance = Run.advance
+
+    def advance_and_tell(run):
+        loss = advance(run)
+        steps[:8] = run.step.to_bytes(8, "little")
+        return loss
+
+    def go_on():
+        Run.advance = advance_and_tell
+        saved = newest_checkpoint(config.out)[0] if (config.out / "best.pt").exists() else None
+        train(config, saved)
+
+    kills = 0
+    for _ in range(12):
+        pid = fork(go_on)
+        time.sleep(pause.uniform(0, 2 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
+        for path in config.out.glob("*.pt"):
+            load_checkpoint(path)
+        reached = int.from_bytes(steps[:8], "little")
+        if reached:
+            assert reached - newest_checkpoint(config.out)[0]["step"] <= 2
+    assert kills >= 3
+    wait([fork(go_on)])
+    assert weights(config.out) == weights(whole.out)
+    assert losses(config.out) == losses(whole.out)
+    assert not list(config.out.glob(".*.tmp"))
+
+
 @pytest.mark.slow
 def test_the_quick_preset_reaches_1_75_on_pydocs(tmp_path, one_thread):
+    """Half of the preset's steps are enough; the schedule is that of all of them."""
     torch.set_num_threads(os.cpu_count())
-    train(TrainConfig(out=tmp_path / "quick"))
+    quick = PRESETS["quick"]
+    assert quick.decay_steps == quick.max_steps == 1500
+    train(replace(quick, max_steps=750, eval_interval=750, out=tmp_path / "quick"))
     assert rows(tmp_path / "quick")[-1]["val"] < 1.75
