@@ -18,12 +18,21 @@ KEYS = {
     "config", "model_config", "vocabulary", "corpus_sha256", "step", "best_val", "model",
     "optimizer", "schedule", "scaler", "generators",
 }  # fmt: skip
+KINDS = {
+    "config": dict, "model_config": dict, "corpus_sha256": str, "step": int,
+    "best_val": float, "model": dict, "optimizer": dict, "generators": list,
+}  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a state of plain tensors, numbers, strings, lists and dicts with the keys of KEYS."""
-    with atomic_file(path) as file:
-        torch.save(state, file)
+    try:
+        with atomic_file(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a disk that is full, say
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -46,10 +55,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a BabyGPT checkpoint: it holds more than tensors and numbers"
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except PermissionError:
+        raise CheckpointError(f"{path} cannot be read: permission denied") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a foreign file can make zip and pickle readers raise anything
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from error
     if not isinstance(state, dict) or not KEYS <= state.keys():
         raise CheckpointError(f"{path} is not a BabyGPT checkpoint: entries are missing")
+    if not all(isinstance(state[key], kind) for key, kind in KINDS.items()):
+        raise CheckpointError(f"{path} is not a BabyGPT checkpoint: entries are of other kinds")
     return state
 
 

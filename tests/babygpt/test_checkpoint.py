@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ import torch
 from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.checkpoint import KEYS, load_checkpoint, load_model, newest_checkpoint
 from fused_ce.babygpt.errors import CheckpointError
-from fused_ce.babygpt.train import train
 
 
 class Hostile:
@@ -49,15 +50,24 @@ def replace_by_foreign_tensors(path):
     torch.save({"weight": torch.zeros(3)}, path)
 
 
+def replace_by_a_foreign_archive(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("last/data.pkl", b"no pickle")
+
+
+def replace_by_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def give_the_step_another_kind(path):
+    torch.save({**load_checkpoint(path), "step": "20"}, path)
+
+
 DAMAGES = [
     truncate, flip_a_byte_of_the_weights, empty, replace_by_text, replace_by_foreign_tensors,
+    replace_by_a_foreign_archive, replace_by_a_folder, give_the_step_another_kind,
 ]  # fmt: skip
-
-
-@pytest.fixture
-def folder(config):
-    train(config)
-    return config.out
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -79,7 +89,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, legacy):
     assert not bait.exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not replace_by_a_folder])
 def test_a_run_continues_from_best_when_last_is_damaged(folder, babygpt, damage):
     best = load_checkpoint(folder / "best.pt")["step"]
     damage(folder / "last.pt")
@@ -87,6 +97,27 @@ def test_a_run_continues_from_best_when_last_is_damaged(folder, babygpt, damage)
     assert status == 0
     assert f"{folder / 'last.pt'} is" in err and f"continuing from step {best}" in err
     assert load_checkpoint(folder / "last.pt")["step"] == 30
+
+
+def test_no_cut_and_no_flipped_byte_goes_unnoticed(folder):
+    path = folder / "last.pt"
+    whole, state = path.read_bytes(), load_checkpoint(path)["model"]
+    draw = random.Random(0)
+    for _ in range(40):
+        path.write_bytes(whole[: draw.randrange(len(whole))])
+        with pytest.raises(CheckpointError, match="last.pt is "):
+            load_checkpoint(path)
+    noticed = 0
+    for _ in range(40):
+        content = bytearray(whole)
+        content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:  # a byte of padding or of a time stamp changes nothing
+            loaded = load_checkpoint(path)["model"]
+            assert all(torch.equal(loaded[name], state[name]) for name in state)
+        except CheckpointError:
+            noticed += 1
+    assert noticed > 20
 
 
 def test_a_run_stops_when_no_checkpoint_is_intact(folder):
