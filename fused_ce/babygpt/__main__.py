@@ -1,7 +1,10 @@
 """The command line: train, sample and eval."""
 
+import contextlib
+import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +27,9 @@ CHANGEABLE = {
     "data", "max_steps", "eval_interval", "eval_iters", "checkpoint_interval", "device", "out",
     "resume",
 }  # fmt: skip
+# torchrun sets them; the processes of a machine all meet the same mistakes.
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+PATIENCE_S = 10
 
 
 @dataclass(frozen=True)
@@ -44,25 +50,51 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(str(error))
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def _report(mistake: str) -> None:
+    """Print one line for all processes of a machine, where they fail alike.
+
+    When the first has said it and is gone, torchrun ends the others in their sleep.
+    """
+    if LOCAL_RANK:
+        time.sleep(PATIENCE_S)
+    process = f"process {RANK}: " if RANK else ""
+    print(f"error: {process}{mistake}", file=sys.stderr, flush=True)
+
+
+def _parse(*args: Any, **kwargs: Any) -> Any:
+    """Call tyro; a flag that cannot be read is one line, as every other mistake."""
+    kwargs["config"] = (tyro.conf.FlagCreatePairsOff,)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(*args, **kwargs)
+    except SystemExit as stop:
+        if stop.code:
+            # tyro draws a box with a title: what is wrong, a rule, and then advice
+            lines = [line.strip("│ ") for line in errors.getvalue().splitlines()]
+            rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+            _report(" ".join(lines[1:rule]).rstrip(".") + " (see --help)")
+        raise
+
+
 def _run(args: list[str]) -> int:
     defaults, saved = TrainConfig(), None
     if args[:1] == ["train"]:
         defaults, saved = _train_defaults(args[1:])
-    command = tyro.cli(
+    command = _parse(
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")],
         args=args,
         prog="babygpt",
         description="BabyGPT: a small GPT that trains on the project's own cross-entropy.",
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     if isinstance(command, SampleConfig):
         sample(command)
@@ -76,18 +108,12 @@ def _run(args: list[str]) -> int:
 
 def _train_defaults(args: list[str]) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Return the preset's settings, or with --resume those of the run, and its checkpoint."""
-    start, _ = tyro.cli(
-        _Start,
-        args=args,
-        return_unknown_args=True,
-        add_help=False,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    start, _ = _parse(_Start, args=args, return_unknown_args=True, add_help=False)
     if not start.resume or {"-h", "--help"} & set(args):
         return preset(start.preset or "quick"), None
     folder = start.out or preset(start.preset or "quick").folder
     saved, problems = newest_checkpoint(folder)
-    for problem in problems:
+    for problem in problems if RANK == 0 else ():
         print(f"warning: {problem}; continuing from step {saved['step']}", file=sys.stderr)
     return config_from_plain(saved["config"], folder), saved
 
