@@ -1,10 +1,12 @@
 """Small runs in a temporary folder, with a cache of their own."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fused_ce.babygpt import train as train_module
 from fused_ce.babygpt.__main__ import main
 from fused_ce.babygpt.config import TrainConfig
 
@@ -31,14 +33,40 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True)
+def short_sample(monkeypatch):
+    """A run ends with a sample, which takes as long as a small run."""
+    monkeypatch.setattr(train_module, "SAMPLE_TOKENS", 5)
+
+
 @pytest.fixture
 def text_file(tmp_path):
     """A text of 4,000 characters, 28 of them distinct."""
-    path = tmp_path / "text.txt"
+    return write_text(tmp_path / "text.txt")
+
+
+def write_text(path):
     words = "the quick brown fox jumps over a lazy dog\n".split(" ")
     chosen = torch.randint(len(words), (1000,), generator=torch.Generator().manual_seed(0))
     path.write_text(" ".join(words[i] for i in chosen.tolist())[:4000])
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a finished run; take a copy of it."""
+    home = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_CE_CACHE", str(home / "cache"))
+        text = write_text(home / "text.txt")
+        train_module.train(replace(TINY, data=str(text), out=home / "run"))
+    return home / "run"
+
+
+@pytest.fixture
+def folder(config, trained):
+    """The folder of a finished run of these settings."""
+    return shutil.copytree(trained, config.out)
 
 
 @pytest.fixture
