@@ -44,8 +44,11 @@ class _Start:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a model's characters
     try:
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()  # a reader that is gone shows here, not when Python exits
+        return status
     except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -24,6 +24,16 @@ def _require_not_negative(config, *names: str) -> None:
             raise UserError(f"{_flag(name)} must not be negative, got {getattr(config, name)}")
 
 
+def _require_text(config, *names: str) -> None:
+    for name in names:
+        try:
+            (getattr(config, name) or "").encode()
+        except UnicodeEncodeError:  # bytes on the command line that are no characters
+            raise UserError(
+                f"{_flag(name)} must be UTF-8 text, got {getattr(config, name)!r}"
+            ) from None
+
+
 def _require_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), got {seed}")
@@ -227,13 +237,19 @@ class SampleConfig:
     temperature: float = 0.8
     """Divides the logits: small is careful, 1 is as learnt, 0 always takes the most probable."""
     top_k: int | None = None
-    """Draw from the k most probable characters only."""
+    """Draw from the k most probable tokens only."""
     top_p: float | None = None
-    """Draw from the fewest characters that have this probability together."""
+    """Draw from the fewest tokens that have this probability together."""
     max_new_tokens: int = 500
-    """Characters to add."""
+    """Tokens to add: characters, or pieces of words, as the run was trained."""
+    stop: str | None = None
+    """End where this text would come; it is not printed."""
+    num_samples: int = 1
+    """Texts to draw, one after the other; each has the seed after that of the one before."""
     seed: int = 1337
     """Seed of the draws."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is a GPU."""
 
     def __post_init__(self):
         """Raise UserError for a value that no draw can have."""
@@ -244,6 +260,10 @@ class SampleConfig:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be in (0, 1], got {self.top_p}")
         _require_not_negative(self, "max_new_tokens")
+        _require_positive(self, "num_samples")
+        _require_text(self, "prompt", "stop")
+        if self.stop == "":
+            raise UserError("--stop must have a character, got ''")
         _require_seed(self.seed)
 
 

@@ -35,6 +35,31 @@ def torch_loss(logits: Tensor, targets: Tensor, normalizer: Tensor | None = None
 LOSSES = {"fused": fused_loss, "torch": torch_loss}
 
 
+class KeyValueCache:
+    """What attention made of the positions before, so that none of them is computed again.
+
+    Args:
+        block_size: the most positions that it can hold.
+    """
+
+    def __init__(self, block_size: int):
+        """Begin empty; the memory is taken when the first positions come."""
+        self.block_size = block_size
+        self.length = 0  # positions held
+        self._held: Tensor | None = None  # (2, B, n_head, block_size, C / n_head)
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, n_head, T, C / n_head) of T new positions; return those of all positions."""
+        B, n_head, T, size = key.shape
+        if self._held is None:
+            self._held = key.new_empty(2, B, n_head, self.block_size, size)
+        start, self.length = self.length, self.length + T
+        self._held[0, :, :, start : self.length] = key
+        self._held[1, :, :, start : self.length] = value
+        key, value = self._held[:, :, :, : self.length]
+        return key, value
+
+
 class CausalSelfAttention(nn.Module):
     """Every position attends to itself and to the positions before it."""
 
@@ -46,13 +71,21 @@ class CausalSelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.projection = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C); with a cache, x comes after the positions in it."""
         B, T, C = x.shape
         heads = self.query_key_value(x).view(B, T, 3, self.n_head, C // self.n_head)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, C / n_head)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        mask = None
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        S = key.shape[2]
+        if S > T:  # is_causal pairs the first query with the first key; here the last are a pair
+            mask = x.new_ones(T, S, dtype=torch.bool).tril(S - T)
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+        )
         return self.projection(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -71,9 +104,9 @@ class Block(nn.Module):
         self.mlp.add_module("projection", nn.Linear(4 * config.n_embd, config.n_embd))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C); with a cache, x comes after the positions in it."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -117,8 +150,17 @@ class BabyGPT(nn.Module):
                 # 2 n_layer of them add to the residual stream: this keeps its variance.
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def new_cache(self) -> list[KeyValueCache]:
+        """Return an empty cache for `forward`: one for each layer."""
+        return [KeyValueCache(self.config.block_size) for _ in range(self.config.n_layer)]
+
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, normalizer: Tensor | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        normalizer: Tensor | None = None,
+        cache: list[KeyValueCache] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Score the next token at every position.
 
@@ -126,21 +168,27 @@ class BabyGPT(nn.Module):
             idx: (B, T) tokens, T at most the block size.
             targets: (B, T) the tokens that came next, IGNORED where none counts, or None.
             normalizer: 0-d, what the sum of the losses is divided by; None is what counts here.
+            cache: of `new_cache`, with what came before idx; idx is added to it.
 
         Returns:
             logits (B, T, V), and the mean loss in nats, or None without targets. With inplace and
             gradients the logits hold the loss's gradient afterwards.
 
         Raises:
-            ValueError: T is larger than the block size.
+            ValueError: T, with the positions in the cache, is larger than the block size.
         """
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"idx needs at most {self.config.block_size} positions, got {T}")
+        start = cache[0].length if cache else 0
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"idx needs at most {self.config.block_size} positions, got {end}")
         x = self.token_embedding(idx)  # (B, T, C)
         if self.config.n_layer:
-            x = x + self.position_embedding(torch.arange(T, device=idx.device))
-            x = self.norm(self.blocks(self.dropout(x)))
+            x = self.dropout(
+                x + self.position_embedding(torch.arange(start, end, device=idx.device))
+            )
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cache[layer] if cache else None)
+            x = self.norm(x)
         logits = self.head(x)
         if targets is None:
             return logits, None

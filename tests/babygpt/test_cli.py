@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -113,6 +114,38 @@ def test_greedy_samples_agree_whatever_the_seed(babygpt, folder):
     assert babygpt(*drawn, "--seed", 1)[1] != babygpt(*drawn, "--seed", 2)[1]
 
 
+def test_a_sample_ends_before_the_stop_text(babygpt, folder):
+    command = ["sample", "--checkpoint", folder, "--prompt", "the ", "--max-new-tokens", 200]
+    whole = babygpt(*command)[1]
+    before = whole[4:].partition("o")[0]
+    assert "o" in whole[4:] and babygpt(*command, "--stop", "o")[1] == f"the {before}\n"
+
+
+def test_several_samples_have_seeds_of_their_own(babygpt, folder):
+    command = ["sample", "--checkpoint", folder, "--max-new-tokens", 40, "--seed"]
+    out = babygpt(*command, 5, "--num-samples", 2)[1]
+    first, second = babygpt(*command, 5)[1], babygpt(*command, 6)[1]
+    assert out == f"--- sample 1 of 2, seed 5\n{first}--- sample 2 of 2, seed 6\n{second}"
+
+
+def test_a_sample_can_be_interrupted_and_its_reader_may_leave(folder):
+    command = [sys.executable, "-m", "fused_ce.babygpt", "sample", "--checkpoint", str(folder)]
+    for signum, status in ((signal.SIGINT, 130), (None, 1)):
+        process = subprocess.Popen(
+            [*command, "--max-new-tokens", "1000000"], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        process.stdout.read(5)  # it streams: there is something to read at once
+        if signum is None:
+            process.stdout.close()
+        else:
+            process.send_signal(signum)
+            assert process.stdout.read().endswith("\n")
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == status
+        assert err == ("interrupted\n" if signum else "")
+
+
 MISTAKES = [
     (["train", "--preset", "v9"], "--preset must be one of quick, v1, v12, gpt2, got 'v9'"),
     (["train", "--data", "missing.txt"], "'missing.txt' does not exist"),
@@ -138,6 +171,9 @@ MISTAKES = [
     (["sample", "--checkpoint", "none", "--temperature", "-1"], "--temperature must be 0 or more"),
     (["sample", "--checkpoint", "none", "--top-k", "0"], "--top-k must be positive, got 0"),
     (["sample", "--checkpoint", "none", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
+    (["sample", "--checkpoint", "none", "--stop", ""], "--stop must have a character, got ''"),
+    (["sample", "--checkpoint", "none", "--num-samples", "0"], "--num-samples must be positive"),
+    (["sample", "--checkpoint", "none", "--prompt", "\udcff"], "--prompt must be UTF-8 text"),
     (["eval", "--checkpoint", "none"], "there is no checkpoint in none"),
 ]
 
@@ -182,8 +218,9 @@ def test_resume_does_not_go_back(babygpt, folder):
 
 
 def test_a_prompt_with_unknown_characters_is_refused(babygpt, folder):
-    status, _, err = babygpt("sample", "--checkpoint", folder, "--prompt", "the 诗")
-    assert status == 1 and "lacks the characters '诗' (U+8BD7)" in err
+    for flag in ("--prompt", "--stop"):
+        status, _, err = babygpt("sample", "--checkpoint", folder, flag, "the 诗")
+        assert status == 1 and "lacks the characters '诗' (U+8BD7)" in err
 
 
 @pytest.mark.parametrize("command", ["sample", "eval"])

@@ -98,8 +98,33 @@ def test_dropout_acts_in_training_only():
 
 
 def test_more_positions_than_the_block_size_are_refused():
+    model = BabyGPT(SHAPE)
     with pytest.raises(ValueError, match="at most 8 positions, got 9"):
-        BabyGPT(SHAPE)(torch.zeros(1, 9, dtype=torch.long))
+        model(torch.zeros(1, 9, dtype=torch.long))
+    cache = model.new_cache()
+    model(torch.zeros(1, 6, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="at most 8 positions, got 9"):
+        model(torch.zeros(1, 3, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[8], [1] * 8, [5, 1, 1, 1], [7, 1], [1, 4, 3], [2, 2, 2, 2]],
+    ids=lambda lengths: "-".join(map(str, lengths)),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", [SHAPE, V1], ids=["transformer", "v1"])
+def test_cached_logits_are_the_uncached_ones(shape, dtype, lengths):
+    model = BabyGPT(shape).to(dtype).eval()
+    for weight in model.parameters():  # larger than at the start: attention is not uniform
+        torch.nn.init.normal_(weight, std=0.3)
+    idx = torch.randint(V, (3, 8))
+    cache = model.new_cache()
+    pieces = [model(piece, cache=cache)[0] for piece in idx.split(lengths, dim=1)]
+    tolerance = 64 * torch.finfo(dtype).eps
+    expected = model(idx)[0]
+    atol = tolerance * expected.abs().max().item()
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fused_ce.babygpt import BabyGPT, ModelConfig
-from fused_ce.babygpt.sample import choose_token, generate
+from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.sample import StopText, choose_token, generate, next_logits
 
 V = 7
 LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.15, 0.3, 0.1]]))
@@ -16,6 +17,10 @@ def model():
     model = BabyGPT(ModelConfig(V, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.5))
     torch.nn.init.normal_(model.head.weight)
     return model
+
+
+def interrupted(token):
+    raise KeyboardInterrupt
 
 
 def drawn(n=20_000, **settings):
@@ -73,11 +78,43 @@ def test_only_the_most_probable_tokens_are_drawn(settings, kept):
 def test_the_model_sees_the_last_block_of_what_came_before(model):
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    idx = generate(model, torch.randint(V, (2, 5)), 10)
+    idx = generate(model, torch.randint(V, (2, 5)), 10, use_cache=False)
     for length, context in enumerate(seen, start=5):
         assert torch.equal(context, idx[:, max(0, length - 8) : length])
     start = torch.randint(V, (1, 20))
     assert torch.equal(generate(model, start, 3)[:, :20], start)
+
+
+def test_a_cache_leaves_one_token_a_step_until_the_block_is_full(model):
+    lengths = []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    generate(model, torch.randint(V, (2, 5)), 6)
+    assert lengths == [5, 1, 1, 1, 8, 8]
+
+
+@pytest.mark.parametrize("n_layer", [0, 2])
+@pytest.mark.parametrize("start", [1, 3, 7, 8, 9, 20])
+def test_cached_logits_are_the_uncached_ones_within_the_block_and_beyond(start, n_layer):
+    model = BabyGPT(ModelConfig(V, block_size=8, n_layer=n_layer, n_head=2, n_embd=16)).double()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    idx = torch.randint(V, (2, start + 15))
+    cache = model.new_cache()
+    for length in range(start, start + 15):
+        cached = next_logits(model, idx[:, :length], cache)
+        uncached = model(idx[:, max(0, length - 8) : length])[0][:, -1]
+        assert (cached - uncached).abs().max() <= 1e-13 * uncached.abs().max()
+
+
+def test_a_cache_draws_the_same_text(model):
+    texts = [
+        generate(
+            model, torch.tensor([[1], [2]]), 40, temperature=0.7, use_cache=use_cache,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for use_cache in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -91,8 +128,52 @@ def test_the_mode_is_restored_and_no_gradient_is_kept(model, training):
     assert modes == [(False, False)] * 2
     assert model.training == training
 
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, torch.tensor([[1]]), 2, on_token=interrupted)
+    assert model.training == training and torch.is_grad_enabled()
+
 
 def test_every_new_token_is_announced(model):
     seen = []
     idx = generate(model, torch.tensor([[1], [2]]), 5, on_token=seen.append)
     assert torch.equal(torch.cat(seen, dim=1), idx[:, 1:])
+
+
+def test_a_text_ends_where_it_is_told_to(model):
+    seen = []
+
+    def third(token):
+        seen.append(token)
+        return len(seen) == 3
+
+    assert generate(model, torch.tensor([[1]]), 10, on_token=third).shape == (1, 4)
+    assert len(seen) == 3
+
+
+def test_logits_that_are_not_finite_are_refused():
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(UserError, match="not finite"):
+            choose_token(torch.tensor([[0.0, value]]), temperature=0)
+
+
+@pytest.mark.parametrize(
+    "pieces, stop, printed",
+    [
+        (["a", "b", "c"], None, ["a", "b", "c"]),
+        (["a", "b", "c"], "b", ["a"]),
+        (["ab", "cd", "ef"], "de", ["ab", "c"]),
+        (["a", "a", "b"], "ab", ["a"]),
+        (["x", "a", "c"], "ab", ["x", "ac"]),
+        (["abcab", "d"], "abd", ["abc"]),
+        (["a", "b"], "abc", ["ab"]),
+        (["a\n", "\nb"], "\n\n", ["a"]),
+    ],
+    ids=str,
+)
+def test_text_is_printed_as_soon_as_it_cannot_be_the_stop_text(pieces, stop, printed):
+    written = []
+    text = StopText(stop, written.append)
+    stopped = [text.feed(piece) for piece in pieces][-1]
+    text.finish()
+    assert [piece for piece in written if piece] == printed
+    assert stopped == (stop is not None and stop in "".join(pieces))
