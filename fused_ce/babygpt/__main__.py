@@ -1,4 +1,4 @@
-"""The command line: train, sample and eval."""
+"""The command line: train, sample, eval and compare."""
 
 import contextlib
 import io
@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: BabyGPT needs {error.name}: pip install 'fused_ce[train]'")
 
 from fused_ce.babygpt.checkpoint import config_from_plain, newest_checkpoint
-from fused_ce.babygpt.config import EvalConfig, SampleConfig, TrainConfig, preset
+from fused_ce.babygpt.compare import compare
+from fused_ce.babygpt.config import CompareConfig, EvalConfig, SampleConfig, TrainConfig, preset
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.evaluate import evaluate
 from fused_ce.babygpt.sample import sample
@@ -25,7 +26,7 @@ from fused_ce.babygpt.train import train
 # What may differ when a run is continued; any other change would make it another run.
 CHANGEABLE = {
     "data", "max_steps", "eval_interval", "eval_iters", "checkpoint_interval", "device", "out",
-    "resume",
+    "resume", "log_steps", "tensorboard",
 }  # fmt: skip
 # torchrun sets them; the processes of a machine all meet the same mistakes.
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
@@ -88,13 +89,16 @@ def _parse(*args: Any, **kwargs: Any) -> Any:
 
 
 def _run(args: list[str]) -> int:
-    defaults, saved = TrainConfig(), None
+    defaults, saved, compared = TrainConfig(), None, CompareConfig()
     if args[:1] == ["train"]:
         defaults, saved = _train_defaults(args[1:])
+    elif args[:1] == ["compare"]:
+        compared = CompareConfig(**vars(preset(_start(args[1:]).preset or "quick")))
     command = _parse(
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
-        | Annotated[EvalConfig, tyro.conf.subcommand("eval")],
+        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[CompareConfig, tyro.conf.subcommand("compare", default=compared)],
         args=args,
         prog="babygpt",
         description="BabyGPT: a small GPT that trains on the project's own cross-entropy.",
@@ -103,15 +107,22 @@ def _run(args: list[str]) -> int:
         sample(command)
     elif isinstance(command, EvalConfig):
         evaluate(command)
+    elif isinstance(command, CompareConfig):
+        return 0 if compare(command) else 1
     else:
         _refuse_changes(command, defaults, saved)
         return 0 if train(command, saved) else 130
     return 0
 
 
+def _start(args: list[str]) -> _Start:
+    start, _ = _parse(_Start, args=args, return_unknown_args=True, add_help=False)
+    return start
+
+
 def _train_defaults(args: list[str]) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Return the preset's settings, or with --resume those of the run, and its checkpoint."""
-    start, _ = _parse(_Start, args=args, return_unknown_args=True, add_help=False)
+    start = _start(args)
     if not start.resume or {"-h", "--help"} & set(args):
         return preset(start.preset or "quick"), None
     folder = start.out or preset(start.preset or "quick").folder

@@ -7,6 +7,8 @@ from typing import Literal
 
 from fused_ce.babygpt.errors import UserError
 
+LOSSES = ("fused", "torch", "compiled")
+
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -76,8 +78,9 @@ class TrainConfig:
     """chars: a token is a character; bpe: byte-level BPE, which learns from the training split."""
     bpe_vocab_size: int = 4096
     """Tokens that bpe may have; a short text has fewer to learn."""
-    loss: Literal["fused", "torch"] = "fused"
-    """fused: this project's cross-entropy; torch: F.cross_entropy, to compare."""
+    loss: Literal["fused", "torch", "compiled"] = "fused"
+    """fused: this project's cross-entropy; torch: F.cross_entropy, to compare; compiled: the same
+    through torch.compile."""
     inplace: bool = False
     """The gradient of the fused loss overwrites the logits: less memory."""
     out: Path | None = None
@@ -122,6 +125,10 @@ class TrainConfig:
     """Random batches of each split in an evaluation."""
     checkpoint_interval: int = 500
     """Steps between two writes of last.pt."""
+    log_steps: bool = False
+    """Write steps.jsonl too: loss and seconds of every step."""
+    tensorboard: bool = False
+    """Write what log.jsonl has for TensorBoard too."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of matrix products and logits (autocast); float16 scales its loss. Weights are float32."""
     tf32: bool = False
@@ -139,8 +146,8 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raise UserError for a value that no run can have."""
-        if self.loss not in ("fused", "torch"):
-            raise UserError(f"--loss must be fused or torch, got {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise UserError(f"--loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.tokenizer not in ("chars", "bpe"):
             raise UserError(f"--tokenizer must be chars or bpe, got {self.tokenizer!r}")
         if self.bpe_vocab_size < 256:
@@ -227,6 +234,29 @@ def preset(name: str) -> TrainConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig(TrainConfig):
+    """Train with several losses from the same seed; compare curves, step times and memory."""
+
+    losses: tuple[Literal["fused", "torch", "compiled"], ...] = ("fused", "torch")
+    """What to compare; the others' curves are compared with the first's."""
+
+    def __post_init__(self):
+        """Raise UserError for a value that no comparison can have."""
+        super().__post_init__()
+        if self.resume:
+            raise UserError("--resume is for train: a comparison begins anew")
+        if self.loss != "fused":
+            raise UserError("--loss is for train: a comparison takes --losses")
+        if len(self.losses) < 2 or len(set(self.losses)) < len(self.losses):
+            raise UserError(f"--losses must be two or more, each once, got {self.losses}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the comparison."""
+        return self.out if self.out is not None else Path("runs") / f"compare-{self.preset}"
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Continue a prompt with the model of a run."""
 
@@ -269,9 +299,14 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure the model of a run on a whole validation split."""
+    """Measure the model of a run on every token of a text: loss, perplexity, bits per character."""
 
     checkpoint: Path
     """The folder of the run: best.pt is read, else last.pt."""
     data: str | None = None
     """pydocs, ci, kjv, or the path of a UTF-8 text file; None is what the run was trained on."""
+    split: Literal["train", "val", "all"] | None = None
+    """The first 90 %, the rest, or all of the text; None is val for the text that the run was
+    trained on, and all for any other."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is a GPU."""

@@ -9,6 +9,8 @@ from torch import nn
 from fused_ce.babygpt import data as batches  # `data` is the name of an argument here
 from fused_ce.babygpt.checkpoint import load_model
 from fused_ce.babygpt.config import EvalConfig
+from fused_ce.babygpt.corpora import read_text, text_sha256
+from fused_ce.babygpt.device import resolve_device
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import BabyGPT, evaluating
 
@@ -61,7 +63,10 @@ def estimate_loss(
 
 @torch.no_grad()
 def exact_loss(model: BabyGPT, tokens: np.ndarray, batch_size: int = 64) -> float:
-    """Return the mean loss in nats over all tokens but the first, in windows side by side.
+    """Return the mean loss in nats over all tokens but the first, each counted once.
+
+    The windows lie side by side, so the contexts are as long as in training: from one token to a
+    block. Nothing is drawn.
 
     Args:
         model: its block size is the length of the windows; the last one may be shorter.
@@ -88,20 +93,29 @@ def exact_loss(model: BabyGPT, tokens: np.ndarray, batch_size: int = 64) -> floa
 
 
 def evaluate(config: EvalConfig) -> None:
-    """Print loss, perplexity and bits per character over the whole validation split.
+    """Print loss, perplexity and bits per character over every token of a text, or of a split.
+
+    Bits per character are those of the whole text over its characters, so that they compare
+    models whatever their tokens are. The first token, which nothing comes before, is left out.
 
     Raises:
-        UserError: there is no usable checkpoint, or the text has characters unknown to the model.
+        UserError: there is no usable checkpoint or device, or the text has characters unknown to
+            the model.
     """
+    device = resolve_device(config.device)
     model, tokenizer, saved = load_model(config.checkpoint)
     data = config.data if config.data is not None else saved["config"]["data"]
-    dataset = batches.load_dataset(data, tokenizer)
-    val, unit = dataset.splits["val"], tokenizer.unit
-    if len(val) < 2:
-        raise UserError(f"the val split of {data!r} needs at least 2 {unit}s, got {len(val)}")
-    loss = exact_loss(model, val)
-    print(f"{data}: val split, {len(val):,} {unit}s, at step {saved['step']}")
+    text = read_text(data)
+    is_own = text_sha256(text) == saved["corpus_sha256"]
+    split = config.split or ("val" if is_own else "all")
+    tokens = tokenizer.encode(text if split == "all" else batches.split_text(text)[split])
+    what, unit = "all of the text" if split == "all" else f"{split} split", tokenizer.unit
+    if len(tokens) < 2:
+        raise UserError(f"{data!r}, {what}: at least 2 {unit}s are needed, got {len(tokens)}")
+    loss = exact_loss(model.to(device), tokens)
+    n_predicted, n_characters = len(tokens) - 1, len(tokenizer.decode(tokens[1:].tolist()))
+    bits = loss * n_predicted / math.log(2) / n_characters
+    print(f"{data}: {what}, {len(tokens):,} {unit}s, at step {saved['step']}")
     print(f"loss                {loss:.4f} nats per {unit}")
-    print(f"perplexity          {math.exp(loss):.4f}")
-    tokens_per_character = len(val) / dataset.characters["val"]
-    print(f"bits per character  {loss * tokens_per_character / math.log(2):.4f}")
+    print(f"perplexity          {math.exp(loss) if loss < 700 else math.inf:.4f}")
+    print(f"bits per character  {bits:.4f}")

@@ -1,9 +1,9 @@
 """The model: token and position embeddings, pre-norm blocks, logits and their loss."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,17 @@ def torch_loss(logits: Tensor, targets: Tensor, normalizer: Tensor | None = None
     return F.cross_entropy(logits, targets, reduction="sum") / normalizer
 
 
-LOSSES = {"fused": fused_loss, "torch": torch_loss}
+def compiled_loss(logits: Tensor, targets: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    """Mean loss by what torch.compile makes of PyTorch's; logits (..., V), targets (...)."""
+    return _compiled_torch_loss()(logits, targets, normalizer)
+
+
+@cache
+def _compiled_torch_loss() -> Callable[..., Tensor]:
+    return torch.compile(torch_loss)  # when it is called: this imports a compiler
+
+
+LOSSES = {"fused": fused_loss, "torch": torch_loss, "compiled": compiled_loss}
 
 
 class KeyValueCache:
@@ -118,7 +128,7 @@ class BabyGPT(nn.Module):
 
     Args:
         config: the shape.
-        loss: "fused" or "torch": which cross-entropy computes the loss.
+        loss: which cross-entropy computes the loss: a key of LOSSES.
         inplace: the gradient of the fused loss overwrites the logits.
     """
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -35,10 +35,11 @@ from fused_ce.babygpt.errors import CheckpointError, UserError
 from fused_ce.babygpt.evaluate import estimate_loss
 from fused_ce.babygpt.model import IGNORED, BabyGPT
 from fused_ce.babygpt.optimizer import make_optimizer, make_schedule
-from fused_ce.babygpt.record import Record, plot_losses
+from fused_ce.babygpt.record import Record, TensorBoard, plot_losses, require_tensorboard
 from fused_ce.babygpt.sample import stream
 
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "loss.png", "weights.safetensors")
+OPTIONAL_FILES = ("steps.jsonl",)
 SAMPLE_TOKENS = 300
 
 
@@ -201,6 +202,8 @@ def train(config: TrainConfig, saved: dict[str, Any] | None = None) -> bool:
     Raises:
         UserError: the text, the device or the checkpoint cannot be used, or the loss diverges.
     """
+    if config.tensorboard:
+        require_tensorboard()
     with world(config.device) as here, _numerics(config), _explained(config):
         run = Run(config, _load_dataset(config, here), here)
         if saved is not None:
@@ -215,15 +218,16 @@ def train(config: TrainConfig, saved: dict[str, Any] | None = None) -> bool:
 
 def _train(run: Run, is_new: bool) -> bool:
     """Train and leave the files; return whether the run was finished."""
-    folder, record = run.config.folder, None
+    folder, logs = run.config.folder, None
     if run.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder, is_new)
-        record = Record(folder / "log.jsonl", until_step=None if is_new else run.step)
+        logs = _open_logs(run.config, None if is_new else run.step)
         _describe(run, folder)
-    finished = _loop(run, record, folder)
+    finished = _loop(run, logs, folder)
     state = _save(run, folder / "last.pt")
-    if record is not None:
+    if logs is not None:
+        record = logs.record
         if record.rows:
             plot_losses(record.rows, folder / "loss.png")
         if finished:
@@ -234,10 +238,28 @@ def _train(run: Run, is_new: bool) -> bool:
     return finished
 
 
-def _loop(run: Run, record: Record | None, folder: Path) -> bool:
-    """Step, evaluate and save until the end (True) or Ctrl-C (False); one process has a record."""
+class _Logs(NamedTuple):
+    """What one process writes: a line per evaluation and, when asked, per step; TensorBoard's."""
+
+    record: Record
+    steps: Record | None
+    board: TensorBoard | None
+
+
+def _open_logs(config: TrainConfig, until_step: int | None) -> _Logs:
+    """Open the files of a new run (None), or continue those of one that goes on."""
+    folder = config.folder
+    return _Logs(
+        Record(folder / "log.jsonl", until_step),
+        Record(folder / "steps.jsonl", until_step) if config.log_steps else None,
+        TensorBoard(folder / "tensorboard", until_step) if config.tensorboard else None,
+    )
+
+
+def _loop(run: Run, logs: _Logs | None, folder: Path) -> bool:
+    """Step, evaluate and save until the end (True) or Ctrl-C (False); one process has logs."""
     config = run.config
-    recorded = run.world.first(record is not None and record.has(run.step))
+    recorded = run.world.first(logs is not None and logs.record.has(run.step))
     evaluated = run.step if recorded else None
     seconds, steps = 0.0, 0  # of training alone, since the last evaluation
     tokens_per_step = config.batch_size * config.block_size * config.grad_accum * run.world.size
@@ -256,15 +278,20 @@ def _loop(run: Run, record: Record | None, folder: Path) -> bool:
                 if row["val"] < run.best_val:
                     run.best_val = row["val"]
                     _save(run, folder / "best.pt")
-                if record is not None:
-                    record.append(row)
+                if logs is not None:
+                    logs.record.append(row)
+                    if logs.board is not None:
+                        logs.board.append(row)
                     _show(row, bar)
             if run.step == config.max_steps:
                 return True
             start = time.perf_counter()
             loss = run.advance()
             # clipping waits for the device: the time is the step's own
-            seconds, steps = seconds + time.perf_counter() - start, steps + 1
+            elapsed = time.perf_counter() - start
+            seconds, steps = seconds + elapsed, steps + 1
+            if logs is not None and logs.steps is not None:
+                logs.steps.append({"step": run.step, "loss": loss.item(), "seconds": elapsed})
             bar.update()
             if run.step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -380,7 +407,7 @@ def _clear(folder: Path, is_new: bool) -> None:
     """Remove what a crash left half-written and, before a new run, an older one."""
     stale = list(folder.glob(".*.tmp"))
     if is_new:
-        stale += [folder / name for name in RUN_FILES]
+        stale += [folder / name for name in (*RUN_FILES, *OPTIONAL_FILES)]
         if (folder / "last.pt").exists() or (folder / "best.pt").exists():
             print(f"replacing the run in {folder} (--resume would continue it)")
     for path in stale:

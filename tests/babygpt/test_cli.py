@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from fused_ce.babygpt import BabyGPT, ModelConfig
+from fused_ce.babygpt import evaluate as evaluate_module
 from fused_ce.babygpt.checkpoint import load_checkpoint, load_model
 from fused_ce.babygpt.data import load_dataset
 from fused_ce.babygpt.evaluate import exact_loss
@@ -98,10 +101,55 @@ def test_evaluation_is_exact_and_repeatable(babygpt, folder, config):
     assert shown["bits per character"] == pytest.approx(loss / math.log(2), abs=1e-4)
 
 
+def test_evaluation_takes_what_was_not_trained_on(babygpt, folder, tmp_path, text_file):
+    copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
+    copy.write_text(text_file.read_text())  # the same text by another name
+    other.write_text(text_file.read_text()[1:])
+    command = ["eval", "--checkpoint", folder, "--data"]
+    for words, expected in (
+        ([copy], "val split, 400 characters"),
+        ([other], "all of the text, 3,999 characters"),
+        ([other, "--split", "val"], "val split, 400 characters"),
+        ([copy, "--split", "train"], "train split, 3,600 characters"),
+        ([copy, "--split", "all"], "all of the text, 4,000 characters"),
+    ):
+        assert expected in babygpt(*command, *words)[1]
+    other.write_text("th")
+    assert babygpt(*command, other)[0] == 0
+    status, _, err = babygpt(*command, other, "--split", "val")
+    assert status == 1 and "at least 2 characters are needed, got 1" in err
+
+
+def test_bits_per_character_count_characters_whatever_the_tokens(
+    babygpt, folder, text_file, monkeypatch
+):
+    class Pairs:
+        """Two characters are a token."""
+
+        unit = "pair"
+        pairs = sorted({text_file.read_text()[i : i + 2] for i in range(0, 4000, 2)})
+
+        def encode(self, text):
+            return np.array([self.pairs.index(text[i : i + 2]) for i in range(0, len(text), 2)])
+
+        def decode(self, tokens):
+            return "".join(self.pairs[token] for token in tokens)
+
+    _, _, saved = load_model(folder)
+    model = BabyGPT(ModelConfig(len(Pairs.pairs), 8, 1, 2, 16))
+    monkeypatch.setattr(evaluate_module, "load_model", lambda folder: (model, Pairs(), saved))
+    out = babygpt("eval", "--checkpoint", folder)[1]
+    loss, bits = (
+        float(re.search(rf"{name} +([\d.]+)", out)[1]) for name in ("loss", "bits per character")
+    )
+    assert loss == pytest.approx(math.log(len(Pairs.pairs)), abs=0.1)
+    assert bits == pytest.approx(loss / 2 / math.log(2), abs=1e-4)
+
+
 def test_evaluation_on_another_text_uses_the_vocabulary_of_the_run(babygpt, folder, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("a lazy fox jumps over the dog " * 20)
-    assert "60 characters" in babygpt("eval", "--checkpoint", folder, "--data", other)[1]
+    assert "600 characters" in babygpt("eval", "--checkpoint", folder, "--data", other)[1]
     other.write_text("a lazy fox über the ☃ " * 20)
     status, _, err = babygpt("eval", "--checkpoint", folder, "--data", other)
     assert status == 1 and "'ü' (U+00FC), '☃' (U+2603)" in err
@@ -174,6 +222,13 @@ MISTAKES = [
     (["sample", "--checkpoint", "none", "--stop", ""], "--stop must have a character, got ''"),
     (["sample", "--checkpoint", "none", "--num-samples", "0"], "--num-samples must be positive"),
     (["sample", "--checkpoint", "none", "--prompt", "\udcff"], "--prompt must be UTF-8 text"),
+    (["train", "--tensorboard"], "--tensorboard needs TensorBoard: pip install tensorboard"),
+    (["compare", "--preset", "v9"], "--preset must be one of quick, v1, v12, got 'v9'"),
+    (["compare", "--lr", "0"], "--lr must be positive, got 0.0"),
+    (["compare", "--resume"], "--resume is for train"),
+    (["compare", "--loss", "torch"], "--loss is for train"),
+    (["compare", "--losses", "fused"], "--losses must be two or more, each once"),
+    (["compare", "--losses", "torch", "torch"], "--losses must be two or more, each once"),
     (["eval", "--checkpoint", "none"], "there is no checkpoint in none"),
 ]
 
@@ -181,6 +236,7 @@ MISTAKES = [
 @pytest.mark.parametrize("words, message", MISTAKES, ids=lambda value: str(value)[:40])
 def test_a_mistake_is_one_line(babygpt, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if not installed
     status, _, err = babygpt(*words)
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -193,6 +249,8 @@ def test_a_mistake_is_one_line(babygpt, tmp_path, monkeypatch, words, message):
         ["train", "--no-such-flag"],
         ["train", "--loss", "mse"],
         ["sample"],
+        ["eval", "--checkpoint", ".", "--split", "test"],
+        ["compare", "--losses", "fused", "mse"],
         ["walk"],
         [],
     ],

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fused_ce.babygpt import PRESETS, BabyGPT, ModelConfig
 from fused_ce.babygpt.errors import UserError
-from fused_ce.babygpt.model import evaluating
+from fused_ce.babygpt.model import _compiled_torch_loss, evaluating, torch_loss
 
 V = 11
 SHAPE = ModelConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -47,6 +47,20 @@ def test_logits_keep_their_shape_and_the_loss_is_their_cross_entropy(shape, loss
     logits, value = model(idx, targets)
     assert logits.shape == (3, 5, V)
     torch.testing.assert_close(value, F.cross_entropy(logits.view(-1, V), targets.view(-1)))
+
+
+def test_the_compiled_loss_is_compiled_once_and_when_it_is_needed(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    _compiled_torch_loss.cache_clear()
+    model = BabyGPT(SHAPE, "compiled")
+    assert not compiled
+    idx, targets = torch.randint(V, (2, 3, 5))
+    for _ in range(2):
+        logits, value = model(idx, targets)
+        torch.testing.assert_close(value, torch_loss(logits, targets))
+    assert compiled == [torch_loss]
+    _compiled_torch_loss.cache_clear()
 
 
 @pytest.mark.parametrize("loss", ["fused", "torch"])

@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -50,6 +51,40 @@ def test_a_run_leaves_its_files(config):
     assert [row["step"] for row in rows(config.out)] == [0, 10, 20]
     assert rows(config.out)[1]["tokens_per_s"] > 0
     assert rows(config.out)[1]["peak_memory_bytes"] > 2**20
+
+
+def test_every_step_is_logged_on_request(config):
+    train(replace(config, log_steps=True, max_steps=13))
+    train(replace(config, log_steps=True), newest_checkpoint(config.out)[0])
+    steps = [json.loads(line) for line in (config.out / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert all(row["loss"] > 0 and row["seconds"] > 0 for row in steps)
+    logged = config.out
+    train(replace(config, log_steps=False))
+    assert not (logged / "steps.jsonl").exists()  # it belonged to the run that was replaced
+
+
+def test_tensorboard_shows_the_log(config):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def shown():
+        events = accumulator.EventAccumulator(str(config.out / "tensorboard")).Reload()
+        return [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss/val")]
+
+    train(replace(config, tensorboard=True, max_steps=13))
+    (config.out / "last.pt").unlink()  # continues from step 10: what was there of 13 is forgotten
+    train(replace(config, tensorboard=True), newest_checkpoint(config.out)[0])
+    assert [(row["step"], row["val"]) for row in rows(config.out)] == shown()
+    train(replace(config, tensorboard=True, max_steps=10))
+    assert [step for step, _ in shown()] == [0, 10]
+
+
+def test_tensorboard_is_imported_only_when_asked_for(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(replace(config, max_steps=1))
+    with pytest.raises(UserError, match="needs TensorBoard"):
+        train(replace(config, tensorboard=True, max_steps=2))
+    assert rows(config.out)[-1]["step"] == 1  # refused before the run was replaced
 
 
 def test_the_loss_falls(config):
