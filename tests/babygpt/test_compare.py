@@ -84,7 +84,7 @@ def test_what_is_measured():
         }  # fmt: skip
 
     reference = run([4.0, 3.0, 2.0, 1.0], [4.0, 2.0, 1.0])
-    measured = compare_module._measure(run([4.0, 3.5, 1.75, 1.0], [4.0, 2.125, 1.0]), reference)
+    measured = compare_module._measure(run([4.0, 2.5, 2.25, 1.0], [4.0, 1.875, 1.0]), reference)
     assert measured == {
         "step_seconds": 0.25, "tokens_per_s": 150.0, "peak_memory_bytes": 12, "train": 3.0,
         "val": 1.0, "largest_step_difference": 0.5, "largest_difference": 0.125,

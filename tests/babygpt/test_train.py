@@ -24,7 +24,7 @@ from fused_ce.babygpt.device import resolve_device
 from fused_ce.babygpt.distributed import World
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import BabyGPT
-from fused_ce.babygpt.record import Record
+from fused_ce.babygpt.record import Record, TensorBoard
 from fused_ce.babygpt.sample import stream
 from fused_ce.babygpt.train import Run, train
 from tests.babygpt.processes import fork, wait, wait_for_rows
@@ -64,19 +64,30 @@ def test_every_step_is_logged_on_request(config):
     assert not (logged / "steps.jsonl").exists()  # it belonged to the run that was replaced
 
 
+def shown(folder):
+    """The validation losses that TensorBoard finds."""
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = module.EventAccumulator(str(folder)).Reload()
+    return [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss/val")]
+
+
 def test_tensorboard_shows_the_log(config):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
-    def shown():
-        events = accumulator.EventAccumulator(str(config.out / "tensorboard")).Reload()
-        return [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss/val")]
-
-    train(replace(config, tensorboard=True, max_steps=13))
-    (config.out / "last.pt").unlink()  # continues from step 10: what was there of 13 is forgotten
-    train(replace(config, tensorboard=True), newest_checkpoint(config.out)[0])
-    assert [(row["step"], row["val"]) for row in rows(config.out)] == shown()
+    pytest.importorskip("tensorboard")
     train(replace(config, tensorboard=True, max_steps=10))
-    assert [step for step, _ in shown()] == [0, 10]
+    train(replace(config, tensorboard=True), newest_checkpoint(config.out)[0])
+    log = [(row["step"], row["val"]) for row in rows(config.out)]
+    assert [step for step, _ in log] == [0, 10, 20] and log == shown(config.out / "tensorboard")
+
+
+def test_tensorboard_forgets_what_was_after_the_checkpoint(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = TensorBoard(tmp_path)
+    for step in (0, 10, 20):
+        board.append({"step": step, "val": step / 10})
+    TensorBoard(tmp_path, until_step=10).append({"step": 15, "val": 1.5})
+    assert shown(tmp_path) == [(0, 0.0), (10, 1.0), (15, 1.5)]
+    TensorBoard(tmp_path).append({"step": 0, "val": 7.0})
+    assert shown(tmp_path) == [(0, 7.0)]
 
 
 def test_tensorboard_is_imported_only_when_asked_for(config, monkeypatch):
