@@ -177,3 +177,10 @@ def test_text_is_printed_as_soon_as_it_cannot_be_the_stop_text(pieces, stop, pri
     text.finish()
     assert [piece for piece in written if piece] == printed
     assert stopped == (stop is not None and stop in "".join(pieces))
+
+
+def test_a_padded_vocabulary_is_not_drawn_from(model):
+    padded = generate(model, torch.tensor([[1]] * 50), 10, temperature=5.0)
+    assert padded.max() == V - 1
+    drawn = generate(model, torch.tensor([[1]] * 50), 10, temperature=5.0, vocab_size=3)
+    assert drawn[:, 1:].unique().tolist() == [0, 1, 2]
