@@ -30,7 +30,7 @@ def generate(
     """Continue every row of idx; the model sees at most its block size of what came before.
 
     Args:
-        model: put in eval mode meanwhile.
+        model: `model(idx)` returns (logits, loss); put in eval mode meanwhile.
         idx: (B, T) tokens, T at least 1.
         max_new_tokens: tokens to add.
         temperature: divides the logits; 0 takes the most probable token.
@@ -38,13 +38,14 @@ def generate(
         top_p: draw from the fewest tokens that have this probability together.
         generator: where the randomness comes from, on the device of idx; None is PyTorch's own.
         on_token: called with each new (B, 1) token; the text ends where it returns True.
-        use_cache: compute each position once while the context fits in the block.
+        use_cache: compute each position once while the context fits in the block, if the model
+            can.
         vocab_size: draw from that many tokens, the first, where the model's vocabulary is padded.
 
     Returns:
         (B, T + max_new_tokens) tokens, or fewer where on_token ended the text.
     """
-    cache = model.new_cache() if use_cache else None
+    cache = model.new_cache() if use_cache and hasattr(model, "new_cache") else None
     with evaluating(model):
         for _ in range(max_new_tokens):
             logits = next_logits(model, idx, cache)[:, :vocab_size]
