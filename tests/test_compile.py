@@ -193,6 +193,16 @@ class TestCompile:
         (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(leaf), leaf)
         torch.testing.assert_close(got, right)
 
+    def test_operators_return_aligned_gradients(self, fused_device):
+        """As versions of Inductor trust that they do, whatever the alignment of the logits."""
+        storage = random_logits(3 * V + 1, device=fused_device)
+        given = list(operands(fused_device, vocab_size=V, requires_grad=False)["row_gradients"])
+        given[3] = torch.cat([storage, storage])[1 : 6 * V + 1].view(2, 3, V)
+        assert given[3].data_ptr() % 16
+        gradient, _ = torch.ops.fused_ce.row_gradients(*given)
+        assert gradient.data_ptr() % 16 == 0
+        assert gradient.stride() == given[3].stride()
+
     def test_checkpoint_inside(self, model, fused_device):
         plain = model(checkpointed=True)
         compiled = torch.compile(plain, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -327,18 +337,19 @@ class TestLibrary:
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
+    @pytest.mark.parametrize("dim", [0, 2])
     @pytest.mark.parametrize("name", ["row_losses", "row_gradients", "row_tangents"])
-    def test_operators_map_over_a_batch(self, name):
+    def test_operators_map_over_a_batch(self, name, dim):
         """torch.vmap of the operators themselves."""
         operator = getattr(torch.ops.fused_ce, name)
         given = list(operands("cpu", probabilities=True, requires_grad=False)[name])
-        at = 0 if name != "row_gradients" else 3
+        at = {"row_losses": 0, "row_gradients": 3, "row_tangents": 5}[name]
         batch = torch.stack([given[at], given[at].cos()])
 
         def mapped(tensor):
             return operator(*given[:at], tensor, *given[at + 1 :])
 
-        got = torch.vmap(mapped)(batch)
+        got = torch.vmap(mapped, in_dims=dim)(batch.movedim(0, dim))
         for i in range(2):
             torch.testing.assert_close([value[i] for value in got], list(mapped(batch[i])))
 

@@ -215,6 +215,16 @@ def test_masked_classes_do_not_count(fused_device):
         assert (values[:, -1] == 0).all()
 
 
+def test_of_an_ignored_row_nothing_counts(device):
+    """Not its logits, not its sample_weight, whatever they hold."""
+    logits, targets, sample_weight = inputs(device)
+    clean = hessian(scalar_of(reference_cross_entropy, {}, targets))(logits, sample_weight)
+    logits[1, 3], sample_weight[1] = torch.nan, torch.nan
+    torch.testing.assert_close(
+        hessian(scalar_of(fused_cross_entropy, {}, targets))(logits, sample_weight), clean
+    )
+
+
 def test_a_second_derivative_is_one_call_in_closed_form(fused_device, monkeypatch):
     """Not the dense reference."""
     module = implementation(choose(torch.device(fused_device)))

@@ -50,6 +50,7 @@ def _run_config(config: CompareConfig, loss: str) -> TrainConfig:
     """Return the settings of the run with this loss."""
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {"loss": loss, "out": config.folder / loss, "log_steps": True}
+    settings["inplace"] = config.inplace and loss == "fused"  # the others have no such thing
     return TrainConfig(**settings)
 
 

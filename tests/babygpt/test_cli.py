@@ -223,7 +223,7 @@ MISTAKES = [
     (["sample", "--checkpoint", "none", "--num-samples", "0"], "--num-samples must be positive"),
     (["sample", "--checkpoint", "none", "--prompt", "\udcff"], "--prompt must be UTF-8 text"),
     (["train", "--tensorboard"], "--tensorboard needs TensorBoard: pip install tensorboard"),
-    (["compare", "--preset", "v9"], "--preset must be one of quick, v1, v12, got 'v9'"),
+    (["compare", "--preset", "v9"], "--preset must be one of quick, v1, v12, gpt2, got 'v9'"),
     (["compare", "--lr", "0"], "--lr must be positive, got 0.0"),
     (["compare", "--resume"], "--resume is for train"),
     (["compare", "--loss", "torch"], "--loss is for train"),
