@@ -176,22 +176,30 @@ def test_several_samples_have_seeds_of_their_own(babygpt, folder):
     assert out == f"--- sample 1 of 2, seed 5\n{first}--- sample 2 of 2, seed 6\n{second}"
 
 
+def hears_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell runs in the background
+
+
 def test_a_sample_can_be_interrupted_and_its_reader_may_leave(folder):
     command = [sys.executable, "-m", "fused_ce.babygpt", "sample", "--checkpoint", str(folder)]
     for signum, status in ((signal.SIGINT, 130), (None, 1)):
         process = subprocess.Popen(
             [*command, "--max-new-tokens", "1000000"], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c,
         )  # fmt: skip
-        process.stdout.read(5)  # it streams: there is something to read at once
-        if signum is None:
-            process.stdout.close()
-        else:
-            process.send_signal(signum)
-            assert process.stdout.read().endswith("\n")
-        err = process.stderr.read()
-        assert process.wait(timeout=60) == status
-        assert err == ("interrupted\n" if signum else "")
+        try:
+            process.stdout.read(5)  # it streams: there is something to read at once
+            if signum is None:
+                process.stdout.close()
+                err = process.stderr.read()
+            else:
+                process.send_signal(signum)
+                out, err = process.communicate(timeout=60)
+                assert out.endswith("\n")
+            assert process.wait(timeout=60) == status
+            assert err == ("interrupted\n" if signum else "")
+        finally:
+            process.kill()
 
 
 MISTAKES = [
