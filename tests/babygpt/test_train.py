@@ -504,9 +504,8 @@ def test_kill_at_any_moment_loses_at_most_the_checkpoint_interval(config, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_quick_preset_reaches_1_75_on_pydocs(tmp_path, one_thread):
+def test_the_quick_preset_reaches_1_75_on_pydocs(tmp_path):
     """Half of the preset's steps are enough; the schedule is that of all of them."""
-    torch.set_num_threads(os.cpu_count())
     quick = PRESETS["quick"]
     assert quick.decay_steps == quick.max_steps == 1500
     train(replace(quick, max_steps=750, eval_interval=750, out=tmp_path / "quick"))
