@@ -426,7 +426,8 @@ def test_micro_batches_do_not_make_the_host_wait(config):
     assert reads[0] == reads[1] <= 2
 
 
-def test_gpt2_has_the_parameters_of_gpt2():
+def test_gpt2_has_the_tokens_and_parameters_of_gpt2():
+    assert PRESETS["gpt2"].tokenizer == "bpe" and PRESETS["gpt2"].bpe_vocab_size == 50_257
     with torch.device("meta"):
         model = BabyGPT(PRESETS["gpt2"].model(vocab_size=65))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
