@@ -214,7 +214,8 @@ PRESETS = {
     # GPT-2 small, 124M parameters; 65,536 tokens a step on one GPU.
     "gpt2": TrainConfig(
         preset="gpt2", block_size=1024, batch_size=16, grad_accum=4,
-        n_layer=12, n_head=12, n_embd=768, tie_weights=True, min_vocab_size=50_257,
+        n_layer=12, n_head=12, n_embd=768, tie_weights=True,
+        tokenizer="bpe", bpe_vocab_size=50_257, min_vocab_size=50_257,
         lr=6e-4, min_lr=6e-5, warmup_steps=500, decay_steps=None, weight_decay=0.1,
         max_steps=10_000, eval_interval=250, eval_iters=20, checkpoint_interval=500,
         dtype="bfloat16",

@@ -426,7 +426,8 @@ def test_micro_batches_do_not_make_the_host_wait(config):
     assert reads[0] == reads[1] <= 2
 
 
-def test_gpt2_has_the_parameters_of_gpt2():
+def test_gpt2_has_the_tokens_and_parameters_of_gpt2():
+    assert PRESETS["gpt2"].tokenizer == "bpe" and PRESETS["gpt2"].bpe_vocab_size == 50_257
     with torch.device("meta"):
         model = BabyGPT(PRESETS["gpt2"].model(vocab_size=65))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
@@ -504,9 +505,8 @@ def test_kill_at_any_moment_loses_at_most_the_checkpoint_interval(config, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_quick_preset_reaches_1_75_on_pydocs(tmp_path, one_thread):
+def test_the_quick_preset_reaches_1_75_on_pydocs(tmp_path):
     """Half of the preset's steps are enough; the schedule is that of all of them."""
-    torch.set_num_threads(os.cpu_count())
     quick = PRESETS["quick"]
     assert quick.decay_steps == quick.max_steps == 1500
     train(replace(quick, max_steps=750, eval_interval=750, out=tmp_path / "quick"))
