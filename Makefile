@@ -11,9 +11,9 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs
 
-# Two workers, one thread each: the kernels' interpreter is Python, and BabyGPT's steps are short.
+# Two workers: the kernels' interpreter is Python, and BabyGPT's steps are short.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # On a machine with a GPU, with the torch and Triton that it has: tests, times, memory, training.
 gpu:

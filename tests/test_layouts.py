@@ -163,7 +163,7 @@ def test_layouts_of_targets(device, layout, logits_layout, vocab_size):
     assert torch.equal(targets, before)
 
 
-@pytest.mark.parametrize("offset", range(1, 10))
+@pytest.mark.parametrize("offset", [1, 3, 4, 7, 9])  # hypothesis has any: test_properties.py
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
 def test_misaligned_base_address(fused_device, offset, dtype, grad_in_forward):

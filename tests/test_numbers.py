@@ -179,7 +179,7 @@ class TestOffsetsAndConfidence:
         assert torch.equal(gradient, moved_gradient)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    @pytest.mark.parametrize("gap", [8.0, 14.0, 60.0, 200.0])
+    @pytest.mark.parametrize("gap", [14.0, 200.0])
     @pytest.mark.parametrize("vocab_size", VOCABS)
     def test_confident_rows(self, device, dtype, gap, vocab_size):
         logits = random_logits(3, vocab_size, dtype=dtype, device=device, scale=0.1)
