@@ -7,6 +7,7 @@ than one derivative, or a graph to compile, gets row_losses.py instead.
 from dataclasses import replace
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fused_ce.backend import implementation
@@ -94,11 +95,11 @@ class FusedCrossEntropy(torch.autograd.Function):
         """The gradients of logits, probabilities and sample_weight; the rest has none."""
         options = ctx.options
         finished, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_differentiable(ctx, grad_outputs, saved), None, None
-        kept = _graph_is_kept()
+        kept, unsaved = _graph_is_kept(), ctx.unsaved
         if not kept:
             ctx.unsaved = None
+        if torch.is_grad_enabled() or any(map(_is_transformed, grad_outputs)):
+            return *_differentiable(ctx, grad_outputs, saved, unsaved), None, None
         if not saved:
             return _scaled(ctx, finished, grad_outputs[0], kept), None, None, None, None, None, None
         grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
@@ -132,24 +133,40 @@ def _versions(rows: Rows) -> list[int | None]:
     return [None if tensor is None or tensor.is_inference() else tensor._version for tensor in rows]
 
 
-def _differentiable(ctx, grad_outputs, saved):
+def _is_transformed(grad: torch.Tensor | None) -> bool:
+    """Whether an upstream gradient is batched (is_grads_batched, vmap) or a dual number."""
+    if grad is None:
+        return False
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None
+
+
+def _differentiable(ctx, grad_outputs, saved, unsaved):
     """The gradients of the rows' tensors as functions of them and of the upstream gradients."""
     if ctx.options.inplace:
         raise RuntimeError(
-            "inplace=True overwrites the logits, which a second derivative (create_graph=True) "
-            "reads again: pass inplace=False"
+            "inplace=True overwrites the logits, which a second derivative (create_graph=True) and "
+            "batched gradients read again: pass inplace=False"
         )
-    if ctx.unsaved is None:
+    if unsaved is None:
         rows = Rows(*saved[:5])
     else:
-        rows, versions = ctx.unsaved
+        rows, versions = unsaved
         if _versions(rows) != versions:
             raise RuntimeError(
-                "a second derivative (create_graph=True) reads the logits again, but they or their "
-                "targets were changed in place after the loss: pass a clone"
+                "a second derivative (create_graph=True) and batched gradients read the logits "
+                "again, but they or their targets were changed in place after the loss: pass a "
+                "clone"
             )
     with torch.enable_grad():
-        outputs = cross_entropy_of_rows(rows, ctx.options, ctx.backend)
+        if any(map(_is_transformed, grad_outputs)):  # plain PyTorch takes them as they are
+            from fused_ce.reference import reference
+
+            outputs = reference(rows, ctx.options)
+        else:
+            outputs = cross_entropy_of_rows(rows, ctx.options, ctx.backend)
     if ctx.options.return_stats and ctx.options.reduction == "none":
         outputs = outputs[1:]  # the loss is the losses
     used = [
@@ -165,7 +182,7 @@ def _differentiable(ctx, grad_outputs, saved):
             [output for output, _ in used],
             needed,
             [grad for _, grad in used],
-            create_graph=True,
+            create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )  # fmt: skip
     )

@@ -92,7 +92,8 @@ def fused_cross_entropy(
             multiplies it by the upstream gradient; False reads the logits again in backward. None
             chooses True for "mean" and "sum", except in float16, where a gradient could underflow
             before a GradScaler's factor reaches it, and except for stats with `inplace`. Under
-            torch.compile, torch.func and forward-mode AD it is False.
+            torch.compile, torch.func and forward-mode AD it is False. Either way the logits live
+            until backward, which a second derivative may ask of; not where `inplace` is True.
             Probabilities that need a gradient, and gradients through the stats, come from a second
             reading in any case: False spares the first gradient.
         return_stats: return `(loss, CrossEntropyStats)`, from the same pass over the logits, which
@@ -187,7 +188,7 @@ def prepare(
     if options.normalizer is not None:
         normalizer, options = _checked_normalizer(options, logits.device)
     if sample_weight is not None:
-        sample_weight = sample_weight.reshape(-1)
+        sample_weight = sample_weight.flatten()
     rows = Rows(*as_rows(logits, targets, dim), weight, sample_weight, normalizer)
     return Call(rows, _with_plain_numbers(options), batch_shape)
 

@@ -51,7 +51,7 @@ def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
     """
     dtype = torch.float64 if rows.logits.dtype == torch.float64 else torch.float32
     vocab_size = rows.logits.shape[-1]
-    logits = rows.logits.reshape(-1, vocab_size).to(dtype)
+    logits = rows.logits.flatten(0, 1).to(dtype)
     n_rows = logits.shape[0]
     weight = logits.new_ones(vocab_size) if rows.weight is None else rows.weight.to(dtype)
     sample_weight = logits.new_ones(n_rows)
@@ -63,7 +63,7 @@ def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
         ignored = torch.zeros(n_rows, dtype=torch.bool, device=logits.device)
         in_range = ~ignored
     else:
-        targets = rows.targets.reshape(-1).long()
+        targets = rows.targets.flatten().long()
         ignored = targets == options.ignore_index
         in_range = (targets >= 0) & (targets < vocab_size)
         safe_targets = targets.where(in_range, 0)
@@ -82,7 +82,7 @@ def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
     lse = largest + (logits - largest[:, None]).exp().sum(dim=-1).log()
 
     if rows.has_probabilities:
-        probabilities = rows.targets.reshape(-1, vocab_size).to(dtype)
+        probabilities = rows.targets.flatten(0, 1).to(dtype)
         target_weight = logits.new_ones(n_rows)  # "mean" does not look at the classes, as torch
         soft = (1.0 - smoothing) * probabilities + smoothing / vocab_size
         losses = -(weight * soft * log_probs).sum(dim=-1)

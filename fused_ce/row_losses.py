@@ -91,7 +91,7 @@ def cross_entropy_of_rows(
     losses, lse, entropy, predictions, *_ = row_losses(*rows[:3], *row_options)
     sample_weight, ignored = rows.sample_weight, None
     if not rows.has_probabilities:
-        targets = rows.targets.reshape(-1).long()
+        targets = rows.targets.flatten().long()
         ignored = targets == options.ignore_index
     if sample_weight is not None:
         sample_weight = sample_weight.to(losses.dtype)
@@ -127,16 +127,21 @@ def row_losses(logits, targets, weight, *options):
 
 def row_gradients(*args):
     """(grad_logits, grad_targets); see `RowGradients`."""
-    if is_traced(args[3]):
+    if is_traced(args[3]) or any(map(_is_looped_over, args[:3])):
         return torch.ops.fused_ce.row_gradients(*args)
     return RowGradients.apply(*args)
 
 
 def row_tangents(*args):
     """(losses, lse, entropy, grad_logits, grad_targets); see `RowTangents`."""
-    if is_traced(args[5]):
+    if is_traced(args[5]) or any(map(_is_looped_over, args[:5])):
         return torch.ops.fused_ce.row_tangents(*args)
     return RowTangents.apply(*args)
+
+
+def _is_looped_over(grad: torch.Tensor | None) -> bool:
+    """Whether it is one of many for `is_grads_batched`, which calls an operator for each."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class RowLosses(torch.autograd.Function):
@@ -431,6 +436,13 @@ def _places(logits, targets, needs_logits, needs_targets):
 def folded(function, info, in_dims, args, weight_at):
     """`function` of batched arguments, their batch folded into the rows: dim 0 of every tensor but
     the class weights. Rows of those need a call each."""
+    if info.batch_size == 0:
+        one = (
+            arg if dim is None else arg.sum(dim).to(arg.dtype)
+            for arg, dim in zip(args, in_dims, strict=True)
+        )  # fmt: skip
+        outputs = function(*one)
+        return tuple(output.new_empty(0, *output.shape) for output in outputs), (0,) * len(outputs)
     if in_dims[weight_at] is not None:
         calls = [
             function(

@@ -3,6 +3,8 @@
 The oracle is `reference_cross_entropy`, which autograd differentiates by itself.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -301,6 +303,13 @@ class TestVmap:
         got = vmap(lambda x: fused_cross_entropy(x, targets, reduction="sum"))(empty)
         torch.testing.assert_close(got, torch.zeros_like(got))
 
+    def test_an_empty_batch(self, device):
+        logits = torch.zeros(0, N, V, dtype=torch.float64, device=device)
+        targets = torch.zeros(0, N, dtype=torch.long, device=device)
+        weight = torch.ones(0, V, dtype=torch.float64, device=device)
+        assert vmap(fused_cross_entropy)(logits, targets).shape == (0,)
+        assert vmap(grad(fused_cross_entropy))(logits, targets, weight).shape == (0, N, V)
+
     def test_stats(self, device):
         logits = random_logits(3, N, V, device=device)
         targets = random_targets(N, classes=V, device=device)
@@ -339,6 +348,40 @@ class TestVmap:
             assert losses.isnan().tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("options", [{}, dict(reduction="none"), dict(return_stats=True)], ids=str)
+def test_batched_upstream_gradients(fused_device, options):
+    """Of autograd.grad, and of torch.vmap around it, both old and new."""
+    logits, targets, _ = inputs(fused_device)
+
+    def gradients(function):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf, targets, **options)
+        if options.get("return_stats"):
+            loss = loss[1].entropy
+        ups = torch.eye(N, dtype=torch.float64, device=fused_device)[:, : max(loss.numel(), 1)]
+        ups = ups.reshape(N, *loss.shape)
+        batched = torch.autograd.grad(loss, leaf, ups, is_grads_batched=True, retain_graph=True)
+
+        def one(up):
+            return torch.autograd.grad(loss, leaf, up, retain_graph=True)[0]
+
+        return batched[0], vmap(one)(ups)
+
+    torch.testing.assert_close(gradients(fused_cross_entropy), gradients(reference_cross_entropy))
+
+
+def test_vectorized_jacobian_and_hessian(fused_device):
+    logits, targets, _ = inputs(fused_device)
+    of = torch.autograd.functional
+    for derivative, reduction in ((of.jacobian, "none"), (of.hessian, "mean")):
+        functions = [
+            partial(function, reduction=reduction, **{name: targets})
+            for function, name in ((fused_cross_entropy, "targets"), (F.cross_entropy, "target"))
+        ]
+        got, right = (derivative(function, logits, vectorize=True) for function in functions)
+        torch.testing.assert_close(got, right)
+
+
 class TestForwardMode:
     """Dual numbers without torch.func."""
 
@@ -350,6 +393,19 @@ class TestForwardMode:
         with forward_ad.dual_level():
             loss = ours(forward_ad.make_dual(logits, direction), sample_weight)
             torch.testing.assert_close(forward_ad.unpack_dual(loss).tangent, expected)
+
+    def test_dual_upstream_gradients(self, fused_device):
+        logits, targets, _ = inputs(fused_device)
+        up, direction = torch.ones(N, dtype=torch.float64), torch.arange(N, dtype=torch.float64)
+        found = []
+        for function in (fused_cross_entropy, F.cross_entropy):
+            leaf = logits.clone().requires_grad_()
+            losses = function(leaf, targets, reduction="none")
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(up.to(fused_device), direction.to(fused_device))
+                (gradient,) = torch.autograd.grad(losses, leaf, dual)
+                found.append(forward_ad.unpack_dual(gradient).tangent)
+        torch.testing.assert_close(*found)
 
     def test_a_level_without_duals_changes_nothing(self, fused_device):
         logits, targets, _ = inputs(fused_device)
@@ -411,6 +467,13 @@ class TestWhatIsKept:
         loss = fused_cross_entropy(logits.requires_grad_(), targets)
         assert loss.grad_fn.unsaved is not None
         loss.backward()
+        assert loss.grad_fn.unsaved is None
+
+    def test_so_does_a_second_derivative(self, fused_device):
+        logits, targets, _ = inputs(fused_device)
+        leaf = logits.requires_grad_()
+        loss = fused_cross_entropy(leaf, targets)
+        torch.autograd.grad(loss, leaf, create_graph=True, retain_graph=False)
         assert loss.grad_fn.unsaved is None
 
     def test_hooks_see_the_logits(self, fused_device):
