@@ -438,9 +438,9 @@ def folded(function, info, in_dims, args, weight_at):
     the class weights. Rows of those need a call each."""
     if info.batch_size == 0:
         one = (
-            arg if dim is None else arg.sum(dim).to(arg.dtype)
+            arg if dim is None else arg.new_zeros(arg.shape[:dim] + arg.shape[dim + 1 :])
             for arg, dim in zip(args, in_dims, strict=True)
-        )  # fmt: skip
+        )
         outputs = function(*one)
         return tuple(output.new_empty(0, *output.shape) for output in outputs), (0,) * len(outputs)
     if in_dims[weight_at] is not None:

@@ -52,7 +52,9 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def fresh_dynamo(monkeypatch):
+    """Nothing of earlier compilations, on disk neither: what they have is not checked again."""
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     torch._dynamo.reset()
     counters.clear()
     yield
