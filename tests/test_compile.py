@@ -52,12 +52,14 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
+def fresh_dynamo():
     """Nothing of earlier compilations, on disk neither: what they have is not checked again."""
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    from torch._inductor import config
+
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 
