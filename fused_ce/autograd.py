@@ -7,13 +7,14 @@ than one derivative, or a graph to compile, gets row_losses.py instead.
 from dataclasses import replace
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fused_ce.backend import implementation
 from fused_ce.options import LossOptions
+from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows
 from fused_ce.rows import Result, Rows, Upstream, empty_gradient, overlaps
+from fused_ce.tracing import graph_is_kept, is_batched_or_dual, saved_tensors_have_hooks
 
 
 def cross_entropy(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tensor, ...]:
@@ -67,7 +68,7 @@ class FusedCrossEntropy(torch.autograd.Function):
                 increment_version(logits)
             # Only a second derivative may read the logits again. Unsaved they may be changed until
             # then; saved, whoever has set hooks sees them (a checkpoint, say, which drops them).
-            is_saved = not options.inplace and _saved_tensors_have_hooks()
+            is_saved = not options.inplace and saved_tensors_have_hooks()
             if not options.inplace and not is_saved:
                 ctx.unsaved = rows, _versions(rows)
             if not options.return_stats and not needs_sample_weight and not is_saved:
@@ -95,10 +96,10 @@ class FusedCrossEntropy(torch.autograd.Function):
         """The gradients of logits, probabilities and sample_weight; the rest has none."""
         options = ctx.options
         finished, *saved = ctx.saved_tensors
-        kept, unsaved = _graph_is_kept(), ctx.unsaved
+        kept, unsaved = graph_is_kept(), ctx.unsaved
         if not kept:
             ctx.unsaved = None
-        if torch.is_grad_enabled() or any(map(_is_transformed, grad_outputs)):
+        if torch.is_grad_enabled() or any(map(is_batched_or_dual, grad_outputs)):
             return *_differentiable(ctx, grad_outputs, saved, unsaved), None, None
         if not saved:
             return _scaled(ctx, finished, grad_outputs[0], kept), None, None, None, None, None, None
@@ -124,23 +125,9 @@ class FusedCrossEntropy(torch.autograd.Function):
         return grad_logits, grad_targets, None, grad_sample_weight, None, None, None
 
 
-def _saved_tensors_have_hooks() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def _versions(rows: Rows) -> list[int | None]:
     """How often each tensor has been changed in place."""
     return [None if tensor is None or tensor.is_inference() else tensor._version for tensor in rows]
-
-
-def _is_transformed(grad: torch.Tensor | None) -> bool:
-    """Whether an upstream gradient is batched (is_grads_batched, vmap) or a dual number."""
-    if grad is None:
-        return False
-    functorch = torch._C._functorch
-    if functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None
 
 
 def _differentiable(ctx, grad_outputs, saved, unsaved):
@@ -161,9 +148,7 @@ def _differentiable(ctx, grad_outputs, saved, unsaved):
                 "clone"
             )
     with torch.enable_grad():
-        if any(map(_is_transformed, grad_outputs)):  # plain PyTorch takes them as they are
-            from fused_ce.reference import reference
-
+        if any(map(is_batched_or_dual, grad_outputs)):  # plain PyTorch takes them as they are
             outputs = reference(rows, ctx.options)
         else:
             outputs = cross_entropy_of_rows(rows, ctx.options, ctx.backend)
@@ -207,12 +192,6 @@ def _scaled(ctx, grad_logits, grad_loss, kept):
     if not kept:
         increment_version(out)  # for whoever else holds it, a saved-tensor hook say
     return out
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward was asked to retain its graph; True if PyTorch does not say."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if keeps is None else keeps()
 
 
 def _merged(grad_loss, grad_losses, divisor, options):

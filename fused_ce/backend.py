@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from fused_ce import cpu
+
 BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls its device "cuda" too
 
@@ -110,6 +112,4 @@ def implementation(name: str) -> ModuleType:
         from fused_ce.kernels import launch
 
         return launch
-    from fused_ce import cpu
-
     return cpu

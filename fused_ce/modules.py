@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from fused_ce.cross_entropy import CrossEntropyStats, check_options, fused_cross_entropy
+from fused_ce.arguments import CrossEntropyStats, check_options
+from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.options import LossOptions
 
 OPTIONS = (

@@ -6,7 +6,8 @@ row_losses.py, with their derivatives. Their results are told from shapes alone.
 
 import torch
 
-from fused_ce.row_losses import RowGradients, RowLosses, RowTangents, folded
+from fused_ce.row_losses import RowGradients, RowLosses
+from fused_ce.row_tangents import RowTangents, folded
 from fused_ce.rows import empty_gradient
 
 ROWS = "Tensor logits, Tensor targets, Tensor? weight"

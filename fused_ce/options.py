@@ -1,6 +1,7 @@
-"""The options of the loss as one frozen value that travels through every layer."""
+"""The options of a loss as one frozen value that travels through every layer; those of a row."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,3 +33,31 @@ class LossOptions:
                 return False
             return self.reduction != "none" and dtype != torch.float16
         return self.grad_in_forward
+
+
+class RowOptions(NamedTuple):
+    """What the loss of a row depends on, in the order of the operators' arguments."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+    return_stats: bool
+    backend: str
+
+    @classmethod
+    def of(cls, options: LossOptions, backend: str) -> "RowOptions":
+        """Those of a call."""
+        return cls(
+            options.ignore_index, options.label_smoothing, options.z_loss, options.logit_scale,
+            options.softcap, options.return_stats, backend,
+        )  # fmt: skip
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """As the implementations take them."""
+        return LossOptions(
+            self.ignore_index, "none", self.label_smoothing, z_loss=self.z_loss,
+            logit_scale=self.logit_scale, softcap=self.softcap, return_stats=self.return_stats,
+        )  # fmt: skip

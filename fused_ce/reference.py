@@ -6,7 +6,7 @@ tensors of the size of the logits.
 
 import torch
 
-from fused_ce.cross_entropy import CrossEntropyStats, check_targets_on_host, prepare
+from fused_ce.arguments import CrossEntropyStats, check_targets_on_host, prepare
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows
 

@@ -13,69 +13,14 @@ Each is a torch.autograd.Function whose derivative is the next, and an operator 
 (see ops.py) with the same derivative. That of the last is dense PyTorch, of every order.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch.autograd import forward_ad
 
+from fused_ce.arguments import check_targets_on_host
 from fused_ce.backend import implementation
-from fused_ce.options import LossOptions
-from fused_ce.rows import Direction, Rows, Upstream, empty_gradient
-
-
-class RowOptions(NamedTuple):
-    """What the loss of a row depends on, in the order of the operators' arguments."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    logit_scale: float
-    softcap: float | None
-    return_stats: bool
-    backend: str
-
-    @classmethod
-    def of(cls, options: LossOptions, backend: str) -> "RowOptions":
-        """Those of a call."""
-        return cls(
-            options.ignore_index, options.label_smoothing, options.z_loss, options.logit_scale,
-            options.softcap, options.return_stats, backend,
-        )  # fmt: skip
-
-    @property
-    def loss_options(self) -> LossOptions:
-        """As the implementations take them."""
-        return LossOptions(
-            self.ignore_index, "none", self.label_smoothing, z_loss=self.z_loss,
-            logit_scale=self.logit_scale, softcap=self.softcap, return_stats=self.return_stats,
-        )  # fmt: skip
-
-
-def is_traced(logits: torch.Tensor) -> bool:
-    """Whether a compiler or a dispatch mode wants to see one operator, not what it does."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or is_traceable_subclass(logits)
-    )
-
-
-def is_traceable_subclass(tensor: torch.Tensor) -> bool:
-    """Whether it is one of the tensors that compilers compute with, which have no memory."""
-    return type(tensor) is not torch.Tensor and type(tensor).__module__.startswith(
-        "torch._subclasses."
-    )
-
-
-def is_transformed(rows: Rows) -> bool:
-    """Whether torch.func or forward-mode AD differentiates, or maps over, one of the tensors."""
-    return torch._C._are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0
-        and any(
-            tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
-            for tensor in rows
-        )
-    )
+from fused_ce.options import LossOptions, RowOptions
+from fused_ce.row_tangents import folded, needed_of, places_for, refuse_tangent, row_tangents
+from fused_ce.rows import Rows, Upstream
+from fused_ce.tracing import is_looped_over, is_traced
 
 
 def cross_entropy_of_rows(
@@ -127,21 +72,9 @@ def row_losses(logits, targets, weight, *options):
 
 def row_gradients(*args):
     """(grad_logits, grad_targets); see `RowGradients`."""
-    if is_traced(args[3]) or any(map(_is_looped_over, args[:3])):
+    if is_traced(args[3]) or any(map(is_looped_over, args[:3])):
         return torch.ops.fused_ce.row_gradients(*args)
     return RowGradients.apply(*args)
-
-
-def row_tangents(*args):
-    """(losses, lse, entropy, grad_logits, grad_targets); see `RowTangents`."""
-    if is_traced(args[5]) or any(map(_is_looped_over, args[:5])):
-        return torch.ops.fused_ce.row_tangents(*args)
-    return RowTangents.apply(*args)
-
-
-def _is_looped_over(grad: torch.Tensor | None) -> bool:
-    """Whether it is one of many for `is_grads_batched`, which calls an operator for each."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class RowLosses(torch.autograd.Function):
@@ -155,8 +88,6 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(logits, targets, weight, *options):
         """(losses, lse, entropy, predictions, row_max, row_sum, row_weight), each (n_rows,)."""
-        from fused_ce.cross_entropy import check_targets_on_host  # which imports this file
-
         options = RowOptions(*options)
         rows = Rows(logits, targets, weight)
         check_targets_on_host(rows, options.loss_options, options.backend)
@@ -191,12 +122,12 @@ class RowLosses(torch.autograd.Function):
             grads = row_gradients(
                 grad_losses, grad_lse, grad_entropy, *ctx.saved_tensors, *needs, *ctx.options
             )
-        return *_needed(grads, needs), None, *(None for _ in ctx.options)
+        return *needed_of(grads, needs), None, *(None for _ in ctx.options)
 
     @staticmethod
     def jvp(ctx, logits_tangent, targets_tangent, weight_tangent, *_):
         """The first half of `row_tangents`."""
-        _refuse_tangent(weight_tangent)
+        refuse_tangent(weight_tangent)
         losses, lse, entropy, *_ = row_tangents(
             logits_tangent, targets_tangent, None, None, None, *ctx.saved_tensors, False, False,
             *ctx.options,
@@ -223,7 +154,7 @@ class RowGradients(torch.autograd.Function):
     ):  # fmt: skip
         """(grad_logits, grad_targets), like logits and targets; without elements if not needed."""
         options = RowOptions(*options)
-        grads = _places(logits, targets, needs_logits, needs_targets)
+        grads = places_for(logits, targets, needs_logits, needs_targets)
         kept = [
             None if of_row.numel() == 0 else of_row for of_row in (row_max, row_sum, row_weight)
         ]
@@ -256,10 +187,10 @@ class RowGradients(torch.autograd.Function):
             found = row_tangents(
                 logits_direction, targets_direction, *upstream, *rows, *needs, *ctx.options
             )
-        of_upstream = _needed(found[:3], ctx.needs_input_grad[:3])
+        of_upstream = needed_of(found[:3], ctx.needs_input_grad[:3])
         return (
             *of_upstream,
-            *_needed(found[3:], needs),
+            *needed_of(found[3:], needs),
             *(None for _ in range(7 + len(ctx.options))),
         )
 
@@ -267,7 +198,7 @@ class RowGradients(torch.autograd.Function):
     def jvp(ctx, *tangents):
         """Along logits and probabilities a product with the Hessian; linear in the rest."""
         upstream, logits_direction, targets_direction = tangents[:3], *tangents[3:5]
-        _refuse_tangent(tangents[5])
+        refuse_tangent(tangents[5])
         needs = ctx.needs_logits, ctx.needs_targets
         found = []
         if logits_direction is not None or targets_direction is not None:
@@ -286,183 +217,3 @@ class RowGradients(torch.autograd.Function):
     def vmap(info, in_dims, *args):
         """The batch becomes more rows."""
         return folded(RowGradients.apply, info, in_dims, args, RowGradients.weight_at)
-
-
-class RowTangents(torch.autograd.Function):
-    """Derivatives along tangents of logits and probabilities: of losses, lse and entropy, and of
-    the gradients that `RowGradients` makes from three upstream gradients. None stands for 0."""
-
-    weight_at = 7  # its place among the arguments
-
-    @staticmethod
-    def forward(
-        logits_direction, targets_direction, grad_losses, grad_lse, grad_entropy,
-        logits, targets, weight, needs_logits, needs_targets, *options,
-    ):  # fmt: skip
-        """(losses, lse, entropy, grad_logits, grad_targets); the latter if needed."""
-        options = RowOptions(*options)
-        grads = _places(logits, targets, needs_logits, needs_targets)
-        found = implementation(options.backend).tangents(
-            Direction(logits_direction, targets_direction),
-            Upstream(grad_losses, grad_lse, grad_entropy),
-            Rows(logits, targets, weight), options.loss_options, *grads,
-        )  # fmt: skip
-        return *found, *(logits.new_empty(0) if grad is None else grad for grad in grads)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Keep the inputs."""
-        ctx.arguments = inputs[8:]
-        ctx.is_class = not inputs[6].is_floating_point()
-        ctx.mark_non_differentiable(
-            *(grad for grad, needed in zip(output[3:], inputs[8:10], strict=True) if not needed)
-        )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:8])
-        ctx.save_for_forward(*inputs[:8])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        """By differentiating `dense_tangents`."""
-        function, primals, places = _dense_function(ctx)
-        values, vjp = torch.func.vjp(function, *primals)
-        found = dict(zip(places, vjp(_like(values, _made(grads, ctx))), strict=True))
-        needed = ctx.needs_input_grad
-        return tuple(found.get(i) if needs else None for i, needs in enumerate(needed))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        """By differentiating `dense_tangents`."""
-        _refuse_tangent(tangents[7])
-        function, primals, places = _dense_function(ctx)
-        tangents = _like(primals, [tangents[i] for i in places])
-        made = iter(_jvp(function, primals, tangents))
-        needs = (True, True, True, *ctx.arguments[:2])
-        return tuple(next(made) if needed else None for needed in needs)
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        """The batch becomes more rows."""
-        return folded(RowTangents.apply, info, in_dims, args, RowTangents.weight_at)
-
-
-def dense_tangents(
-    logits_direction, targets_direction, grad_losses, grad_lse, grad_entropy,
-    logits, targets, weight, needs_logits, needs_targets, *options,
-):  # fmt: skip
-    """What `RowTangents` computes, as derivatives of the reference; without what is not needed."""
-    from fused_ce.reference import reference
-
-    options = RowOptions(*options).loss_options
-    soft = targets.is_floating_point()
-
-    def rows(*primals):
-        loss, _, lse, entropy, _ = reference(
-            Rows(primals[0], primals[1] if soft else targets, weight), asked
-        )
-        return loss, lse, entropy
-
-    def gradients(*primals):
-        values, vjp = torch.func.vjp(rows, *primals)
-        return vjp(_like(values, (grad_losses, grad_lse, grad_entropy)))
-
-    def both(*primals):
-        return *rows(*primals), *gradients(*primals)
-
-    asked = LossOptions(**{**options.__dict__, "return_stats": True})
-    primals = (logits, targets) if soft else (logits,)
-    directions = (logits_direction, targets_direction)[: len(primals)]
-    found = _jvp(both, primals, _like(primals, directions))
-    needs = (True, True, True, needs_logits, needs_targets)
-    return tuple(tangent for tangent, needed in zip(found, needs, strict=False) if needed)
-
-
-def _jvp(function, primals, tangents):
-    """The derivative along tangents, by differentiating in reverse twice: forward levels neither
-    nest everywhere nor take tensors whose elements share memory."""
-    values, vjp = torch.func.vjp(function, *primals)
-    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(value) for value in values))
-    return transposed(tangents)[0]
-
-
-def _dense_function(ctx):
-    """`dense_tangents` of the floating inputs that are there, these, and where they belong."""
-    inputs = ctx.saved_tensors
-    places = [
-        i
-        for i, tensor in enumerate(inputs[:7])
-        if tensor is not None and (i < 6 or not ctx.is_class)
-    ]
-
-    def function(*primals):
-        tensors = list(inputs)
-        for i, primal in zip(places, primals, strict=True):
-            tensors[i] = primal
-        return dense_tangents(*tensors, *ctx.arguments)
-
-    return function, tuple(inputs[i] for i in places), places
-
-
-def _made(grads, ctx):
-    """The gradients of what `dense_tangents` returns."""
-    needs = (True, True, True, *ctx.arguments[:2])
-    return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
-
-
-def _like(tensors, grads):
-    """The gradients, zeros for None."""
-    return tuple(
-        torch.zeros_like(tensor) if grad is None else grad
-        for tensor, grad in zip(tensors, grads, strict=True)
-    )
-
-
-def _needed(grads, needs):
-    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-
-
-def _refuse_tangent(tangent):
-    if tangent is not None:
-        raise RuntimeError("weight gets no derivative: pass weight.detach()")
-
-
-def _places(logits, targets, needs_logits, needs_targets):
-    return (
-        empty_gradient(logits) if needs_logits else None,
-        empty_gradient(targets) if needs_targets else None,
-    )
-
-
-def folded(function, info, in_dims, args, weight_at):
-    """`function` of batched arguments, their batch folded into the rows: dim 0 of every tensor but
-    the class weights. Rows of those need a call each."""
-    if info.batch_size == 0:
-        one = (
-            arg if dim is None else arg.new_zeros(arg.shape[:dim] + arg.shape[dim + 1 :])
-            for arg, dim in zip(args, in_dims, strict=True)
-        )
-        outputs = function(*one)
-        return tuple(output.new_empty(0, *output.shape) for output in outputs), (0,) * len(outputs)
-    if in_dims[weight_at] is not None:
-        calls = [
-            function(
-                *(
-                    arg if dim is None else arg.select(dim, i)
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
-    folded_args = []
-    for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if isinstance(arg, torch.Tensor) and i != weight_at:
-            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            arg = arg.flatten(0, 1)
-        folded_args.append(arg)
-    outputs = function(*folded_args)
-    outputs = tuple(
-        output.unflatten(0, (info.batch_size, output.shape[0] // info.batch_size))
-        for output in outputs
-    )
-    return outputs, (0,) * len(outputs)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_ce
 from fused_ce import FusedCrossEntropyLoss, backend, fused_cross_entropy
 from fused_ce.backend import choose
-from fused_ce.row_losses import RowOptions
+from fused_ce.options import RowOptions
 
 V = 50
 OPTIONS = [

@@ -1,0 +1,305 @@
+"""Every check of arguments and every error; arguments as rows and options; the answer's shape."""
+
+import math
+import numbers
+import operator
+import os
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from fused_ce.options import LossOptions
+from fused_ce.rows import Rows, as_rows
+
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TARGET_DTYPES = (
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class CrossEntropyStats(NamedTuple):
+    """What a call with `return_stats=True` tells of each target; all have the targets' shape.
+
+    `lse`, `entropy` and `predictions` are of the scaled and capped logits. Ignored targets are 0
+    in them, and -1 in `predictions`; the prediction of a row that holds NaN is any class. Gradients
+    flow through the first three.
+    """
+
+    losses: torch.Tensor  # what reduction="none" returns
+    lse: torch.Tensor  # log(sum(exp(logits)))
+    entropy: torch.Tensor  # of softmax(logits), in nats
+    predictions: torch.Tensor  # the class of the largest of them, the first of several; int64
+
+
+class Call(NamedTuple):
+    """Checked arguments: tensors as rows, options, and the shape of a loss per target."""
+
+    rows: Rows
+    options: LossOptions
+    batch_shape: tuple[int, ...]
+
+    def returned(
+        self, results: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+        """What the user gets for (loss, losses, lse, entropy, predictions) of rows, or (loss,)."""
+        if len(results) == 1 and self.options.reduction != "none":
+            return results[0]
+        loss, *stats = results
+        if stats and self.options.reduction == "none":
+            stats[0] = loss.clone()  # or what the user does to one in place would change the other
+        stats = [of_rows.view(self.batch_shape) for of_rows in stats]
+        loss = loss.view(self.batch_shape) if self.options.reduction == "none" else loss
+        return (loss, CrossEntropyStats(*stats)) if stats else loss
+
+
+def prepare(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None,
+    sample_weight: torch.Tensor | None,
+    dim: int | None,
+    options: LossOptions,
+) -> Call:
+    """Check everything that the host can see without reading a tensor, and make rows of it."""
+    _check_tensors(logits, targets, weight, sample_weight)
+    check_options(options)
+    dim = class_axis(logits.shape, targets.shape, dim, targets.is_floating_point())
+    vocab_size = logits.shape[dim]
+    if vocab_size == 0:
+        raise ValueError(f"logits need at least one class, got {tuple(logits.shape)}")
+    batch_shape = logits.shape[:dim] + logits.shape[dim + 1 :]
+    _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_shape)
+    if targets.is_floating_point() and options.ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index needs targets of class indices, got {options.ignore_index} with "
+            "probabilities: to leave rows out, give them a sample_weight of 0"
+        )
+    normalizer = None
+    if options.normalizer is not None:
+        normalizer, options = _checked_normalizer(options, logits.device)
+    if sample_weight is not None:
+        sample_weight = sample_weight.flatten()
+    rows = Rows(*as_rows(logits, targets, dim), weight, sample_weight, normalizer)
+    return Call(rows, _with_plain_numbers(options), batch_shape)
+
+
+def check_options(options: LossOptions) -> None:
+    """Raise TypeError or ValueError for what no logits could make right."""
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {options.reduction!r}')
+    _check_number("label_smoothing", options.label_smoothing)
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
+    ignore_index = options.ignore_index
+    if isinstance(ignore_index, bool) or not (
+        isinstance(ignore_index, int) or hasattr(ignore_index, "__index__")
+    ):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
+    for name, value in (("z_loss", options.z_loss), ("logit_scale", options.logit_scale)):
+        _check_number(name, value)
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
+    if options.softcap is not None:
+        _check_number("softcap", options.softcap, " or None")
+        if not 0.0 < options.softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, got {options.softcap}")
+    if options.normalizer is not None:
+        _check_normalizer(options)
+    for name, value in (("inplace", options.inplace), ("return_stats", options.return_stats)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if not (options.grad_in_forward is None or isinstance(options.grad_in_forward, bool)):
+        raise TypeError(
+            f"grad_in_forward must be None, True or False, got {options.grad_in_forward!r}"
+        )
+
+
+def _check_number(name: str, value: object, or_else: str = "") -> None:
+    if type(value) is float:  # as nearly always: the question below takes longer
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        got = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        hint = "; it gets no gradient: pass .item()" if isinstance(value, torch.Tensor) else ""
+        raise TypeError(f"{name} must be a number{or_else}, got {got}{hint}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a number beyond float64") from None
+
+
+def _check_normalizer(options: LossOptions) -> None:
+    normalizer = options.normalizer
+    if options.reduction != "mean":
+        raise ValueError(
+            f'normalizer replaces what "mean" divides by, got reduction={options.reduction!r}: '
+            'divide that yourself, or pass reduction="mean"'
+        )
+    if not isinstance(normalizer, torch.Tensor):
+        _check_number("normalizer", normalizer, " or a 0-d tensor")
+        if not 0.0 < normalizer < math.inf:
+            raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
+    elif normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a 0-d tensor, got {tuple(normalizer.shape)}")
+    elif normalizer.is_complex() or normalizer.dtype == torch.bool:
+        raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}")
+    elif normalizer.requires_grad and torch.is_grad_enabled():
+        raise ValueError("normalizer gets no gradient: pass normalizer.detach()")
+
+
+def _checked_normalizer(
+    options: LossOptions, device: torch.device
+) -> tuple[torch.Tensor | None, LossOptions]:
+    """The normalizer as a tensor on the device, or None and as a float in the options."""
+    normalizer = options.normalizer
+    if not isinstance(normalizer, torch.Tensor):
+        return None, options
+    if normalizer.device == device:
+        return normalizer.detach(), replace(options, normalizer=None)
+    if normalizer.device.type == "cpu":  # the host has its value already
+        options = replace(options, normalizer=normalizer.item())
+        _check_normalizer(options)
+        return None, options
+    raise ValueError(f"logits on {device} need normalizer there, got {normalizer.device}")
+
+
+def _with_plain_numbers(options: LossOptions) -> LossOptions:
+    """The options without NumPy's numbers, say, which a kernel cannot take."""
+    names = ("label_smoothing", "z_loss", "logit_scale", "softcap", "normalizer")
+    changed = {
+        name: float(value)
+        for name in names
+        if (value := getattr(options, name)) is not None and type(value) is not float
+    }
+    if type(options.ignore_index) is not int:
+        changed["ignore_index"] = operator.index(options.ignore_index)
+    return replace(options, **changed) if changed else options
+
+
+def class_axis(
+    logits_shape: torch.Size,
+    targets_shape: torch.Size,
+    dim: int | None,
+    probabilities: bool = False,
+) -> int:
+    """The class axis of the logits: `dim` if given, else the one that the targets' shape leaves."""
+    shape, got = tuple(logits_shape), tuple(targets_shape)
+    if len(shape) == 0:
+        raise ValueError("logits need a class axis, got a 0-d tensor")
+    if dim is not None:
+        if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+            raise TypeError(f"dim must be an int or None, got {dim!r}")
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"dim={dim} is out of range for logits {shape}")
+        dim %= len(shape)
+    if probabilities:
+        if got != shape:
+            raise ValueError(f"logits {shape} need probabilities {shape}, got {got}")
+        if dim is None and len(shape) > 2:
+            raise ValueError(
+                f"logits {shape} with probabilities could have their classes on axis 1, as torch "
+                "reads them, or on the last axis, as language models do: pass dim=1 or dim=-1"
+            )
+        return len(shape) - 1 if dim is None else dim
+    if dim is not None:
+        need = shape[:dim] + shape[dim + 1 :]
+        if got != need:
+            raise ValueError(f"logits {shape} with dim={dim} need targets {need}, got {got}")
+        return dim
+    last, second = shape[:-1], shape[:1] + shape[2:]  # what (..., V) and (N, C, d1, ...) leave
+    if len(shape) <= 2:
+        second = last
+    if got == last == second and len(shape) > 2:
+        raise ValueError(
+            f"logits {shape} with targets {got} could have their classes on axis 1, as torch reads "
+            "them, or on the last axis, as language models do: pass dim=1 or dim=-1"
+        )
+    if got == last:
+        return len(shape) - 1
+    if got == second:
+        return 1
+    need = f"{last}" if last == second else f"{last} (classes last) or {second} (classes on axis 1)"
+    raise ValueError(f"logits {shape} need targets {need}, got {got}")
+
+
+def _check_tensors(logits, targets, weight, sample_weight) -> None:
+    for name, value in (("logits", logits), ("targets", targets)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if targets.dtype not in TARGET_DTYPES:
+        if targets.dtype not in LOGITS_DTYPES or targets.shape != logits.shape:
+            raise TypeError(
+                "targets must be class indices of an integer dtype, or probabilities of the "
+                f"logits' shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
+            )
+    for name, value in (("weight", weight), ("sample_weight", sample_weight)):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
+        if not value.is_floating_point():
+            hint = f": pass {name}.float()" if name == "sample_weight" else ""
+            raise TypeError(f"{name} must be floating, got {value.dtype}{hint}")
+
+
+def _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_shape) -> None:
+    if weight is not None and tuple(weight.shape) != (vocab_size,):
+        raise ValueError(
+            f"{vocab_size} classes need weight ({vocab_size},), got {tuple(weight.shape)}"
+        )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight gets no gradient: pass weight.detach()")
+    if sample_weight is not None and sample_weight.shape != batch_shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need one factor per target, sample_weight "
+            f"{tuple(batch_shape)}, got {tuple(sample_weight.shape)}; sample_weight.expand makes "
+            "one per token of one per sequence"
+        )
+    device = logits.device
+    others = (("targets", targets), ("weight", weight), ("sample_weight", sample_weight))
+    for name, tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"logits on {device} need {name} there, got {tensor.device}")
+
+
+def check_memory(rows: Rows) -> None:
+    """Raise TypeError for tensors whose elements are not where a plain tensor has them."""
+    for name, tensor in zip(Rows._fields, rows, strict=True):
+        kind = type(tensor)
+        if tensor is None or kind is torch.Tensor:
+            continue
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"{name} must be a plain tensor, got a {kind.__name__}, which computes by itself: "
+                "pass what it holds (to_local() of a DTensor), or use backend('reference')"
+            )
+
+
+def check_targets_on_host(rows: Rows, options: LossOptions, name: str) -> None:
+    """Raise IndexError with row and value of the first target that is no class and not ignored.
+
+    Reads the targets where that costs nothing: never on a GPU unless FUSED_CE_DEBUG asks for it.
+    """
+    on_host = rows.targets.device.type == "cpu" and name != "triton"
+    if not on_host and os.environ.get("FUSED_CE_DEBUG") != "1":
+        return
+    if rows.has_probabilities or rows.targets.numel() == 0:
+        return
+    flat, vocab_size = rows.targets.reshape(-1).long(), rows.logits.shape[2]
+    lowest, highest = (int(bound) for bound in torch.aminmax(flat))
+    if lowest < 0 or highest >= vocab_size:
+        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != options.ignore_index)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise IndexError(
+                f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
+                f"{vocab_size}, or ignore_index ({options.ignore_index})"
+            )

@@ -1,0 +1,58 @@
+"""What PyTorch is doing just now, which only its private interfaces tell: asked for here alone."""
+
+from collections.abc import Iterable
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_traced(logits: torch.Tensor) -> bool:
+    """Whether a compiler or a dispatch mode wants to see one operator, not what it does."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or is_traceable_subclass(logits)
+    )
+
+
+def is_traceable_subclass(tensor: torch.Tensor) -> bool:
+    """Whether it is one of the tensors that compilers compute with, which have no memory."""
+    return type(tensor) is not torch.Tensor and type(tensor).__module__.startswith(
+        "torch._subclasses."
+    )
+
+
+def is_transformed(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether torch.func or forward-mode AD differentiates, or maps over, one of the tensors."""
+    return torch._C._are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0
+        and any(
+            tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+            for tensor in tensors
+        )
+    )
+
+
+def is_batched_or_dual(grad: torch.Tensor | None) -> bool:
+    """Whether an upstream gradient is batched (is_grads_batched, vmap) or a dual number."""
+    if grad is None:
+        return False
+    if is_looped_over(grad) or torch._C._functorch.is_functorch_wrapped_tensor(grad):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None
+
+
+def is_looped_over(grad: torch.Tensor | None) -> bool:
+    """Whether it is one of many for `is_grads_batched`, which calls an operator for each."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Whether somebody wants to see what is saved for backward, a checkpoint say."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward was asked to retain its graph; True if PyTorch does not say."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keeps is None else keeps()
