@@ -1,6 +1,6 @@
 """The torch.autograd.Function: what is saved, and which of the two gradient routes runs.
 
-`implementation` is cpu.py or kernels/launch.py; both offer the same functions. Whoever wants more
+`implementation` is cpu/ or kernels/launch.py; both offer the same functions. Whoever wants more
 than one derivative, or a graph to compile, gets row_losses.py instead.
 """
 

@@ -8,7 +8,7 @@ import torch
 
 from fused_ce.row_losses import RowGradients, RowLosses
 from fused_ce.row_tangents import RowTangents, folded
-from fused_ce.rows import empty_gradient
+from fused_ce.rows import compute_dtype, empty_gradient
 
 ROWS = "Tensor logits, Tensor targets, Tensor? weight"
 UPSTREAM = "Tensor? grad_losses, Tensor? grad_lse, Tensor? grad_entropy"
@@ -23,7 +23,7 @@ OPTIONS = (
 def _row_losses(logits, targets, weight, *options):
     n_rows = logits.shape[0] * logits.shape[1]
     return_stats, backend = options[-2:]
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     kept = n_rows if backend == "triton" else 0
     asked = n_rows if return_stats else 0
     return (
@@ -43,7 +43,7 @@ def _row_tangents(
     logits_direction, targets_direction, grad_losses, grad_lse, grad_entropy,
     logits, targets, weight, needs_logits, needs_targets, *options,
 ):  # fmt: skip
-    n_rows, dtype = logits.shape[0] * logits.shape[1], _compute_dtype(logits)
+    n_rows, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits)
     return (
         *(logits.new_empty(n_rows, dtype=dtype) for _ in range(3)),
         *_gradients(logits, targets, needs_logits, needs_targets),
@@ -55,10 +55,6 @@ def _gradients(logits, targets, needs_logits, needs_targets):
         empty_gradient(logits, 0) if needs_logits else logits.new_empty(0),
         empty_gradient(targets, 0) if needs_targets else logits.new_empty(0),
     )
-
-
-def _compute_dtype(logits):
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _aligned(function):

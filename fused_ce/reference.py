@@ -8,7 +8,7 @@ import torch
 
 from fused_ce.arguments import CrossEntropyStats, check_targets_on_host, prepare
 from fused_ce.options import LossOptions
-from fused_ce.rows import Rows
+from fused_ce.rows import Rows, compute_dtype
 
 
 def reference_cross_entropy(
@@ -49,74 +49,109 @@ def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
 
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
     """
-    dtype = torch.float64 if rows.logits.dtype == torch.float64 else torch.float32
-    vocab_size = rows.logits.shape[-1]
+    dtype, vocab_size = compute_dtype(rows.logits), rows.logits.shape[-1]
     logits = rows.logits.flatten(0, 1).to(dtype)
-    n_rows = logits.shape[0]
     weight = logits.new_ones(vocab_size) if rows.weight is None else rows.weight.to(dtype)
-    sample_weight = logits.new_ones(n_rows)
+    sample_weight = logits.new_ones(len(logits))
     if rows.sample_weight is not None:
         sample_weight = rows.sample_weight.to(dtype)
-    smoothing = options.label_smoothing
-
-    if rows.has_probabilities:
-        ignored = torch.zeros(n_rows, dtype=torch.bool, device=logits.device)
-        in_range = ~ignored
-    else:
+    ignored = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    in_range = ~ignored
+    if not rows.has_probabilities:
         targets = rows.targets.flatten().long()
         ignored = targets == options.ignore_index
         in_range = (targets >= 0) & (targets < vocab_size)
-        safe_targets = targets.where(in_range, 0)
 
     # An ignored row may hold anything: it leaves before the arithmetic, or its NaN would come
     # back through 0 * NaN in the gradient.
     logits = logits.masked_fill(ignored[:, None], 0.0)
-    if options.logit_scale != 1.0:
-        logits = logits * options.logit_scale
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
+    logits = transformed(logits, options)
     log_probs = logits.log_softmax(dim=-1)
-    # Not logsumexp, whose gradient exp(logits - lse) has lost its digits at a common offset.
-    largest = logits.detach().amax(dim=-1)
-    largest = largest.masked_fill(largest.isinf(), 0.0)
-    lse = largest + (logits - largest[:, None]).exp().sum(dim=-1).log()
+    lse = log_sum_exp(logits)
 
     if rows.has_probabilities:
-        probabilities = rows.targets.flatten(0, 1).to(dtype)
-        target_weight = logits.new_ones(n_rows)  # "mean" does not look at the classes, as torch
-        soft = (1.0 - smoothing) * probabilities + smoothing / vocab_size
-        losses = -(weight * soft * log_probs).sum(dim=-1)
+        losses = losses_of_probabilities(log_probs, rows.targets, weight, options)
+        target_weight = torch.ones_like(losses)  # "mean" does not look at the classes, as torch
     else:
-        target_log_probs = log_probs.gather(1, safe_targets[:, None]).squeeze(1)
+        safe_targets = targets.where(in_range, 0)
+        losses = losses_of_classes(log_probs, safe_targets, weight, options)
         target_weight = weight[safe_targets]
-        losses = -(1.0 - smoothing) * target_weight * target_log_probs
-        if smoothing > 0.0:
-            losses = losses - smoothing / vocab_size * (weight * log_probs).sum(dim=-1)
     if options.z_loss != 0.0:
         losses = losses + options.z_loss * lse.square()
     losses = losses * sample_weight
-
     # Out of range: NaN in loss and gradient (multiplied, so that the gradient is NaN too).
     losses = losses * torch.where(in_range | ignored, 1.0, torch.nan).to(dtype)
     losses = losses.masked_fill(ignored, 0.0)
 
-    if options.reduction == "none":
-        loss = losses
-    elif options.reduction == "sum":
-        loss = losses.sum()
-    elif rows.normalizer is not None:
-        loss = losses.sum() / rows.normalizer.to(dtype)
-    elif options.normalizer is not None:
-        loss = losses.sum() / options.normalizer
-    else:
-        loss = losses.sum() / (sample_weight * target_weight).masked_fill(ignored, 0.0).sum()
+    divisor = (sample_weight * target_weight).masked_fill(ignored, 0.0)
+    loss = reduced(losses, divisor, rows.normalizer, options)
     if not options.return_stats:
         return (loss,)
-
-    # 0 * log(0) is 0 in an entropy, and so is its gradient.
-    log_probs = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-    entropy = -(log_probs.exp() * (logits != -torch.inf) * log_probs).sum(dim=-1)
-    predictions = logits.argmax(dim=-1).masked_fill(ignored, -1)
+    entropy, predictions = entropy_of(logits, log_probs), logits.argmax(dim=-1)
     return (
-        loss, losses, lse.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), predictions
+        loss, losses, lse.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0),
+        predictions.masked_fill(ignored, -1),
     )  # fmt: skip
+
+
+def transformed(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """The logits scaled, then capped."""
+    if options.logit_scale != 1.0:
+        logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    return logits
+
+
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Of each row. Not logsumexp, whose gradient exp(logits - lse) has lost its digits at a common
+    offset."""
+    largest = logits.detach().amax(dim=-1)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    return largest + (logits - largest[:, None]).exp().sum(dim=-1).log()
+
+
+def losses_of_classes(
+    log_probs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, options: LossOptions
+) -> torch.Tensor:
+    """weight[y] * (1 - s) * -log p[y] + s / C * sum_c weight[c] * -log p[c], for targets y."""
+    smoothing, vocab_size = options.label_smoothing, log_probs.shape[-1]
+    target_log_probs = log_probs.gather(1, targets[:, None]).squeeze(1)
+    losses = -(1.0 - smoothing) * weight[targets] * target_log_probs
+    if smoothing > 0.0:
+        losses = losses - smoothing / vocab_size * (weight * log_probs).sum(dim=-1)
+    return losses
+
+
+def losses_of_probabilities(
+    log_probs: torch.Tensor, probabilities: torch.Tensor, weight: torch.Tensor, options: LossOptions
+) -> torch.Tensor:
+    """sum_c weight[c] * ((1 - s) * p[c] + s / C) * -log softmax[c]."""
+    smoothing, vocab_size = options.label_smoothing, log_probs.shape[-1]
+    probabilities = probabilities.flatten(0, 1).to(log_probs.dtype)
+    soft = (1.0 - smoothing) * probabilities + smoothing / vocab_size
+    return -(weight * soft * log_probs).sum(dim=-1)
+
+
+def reduced(
+    losses: torch.Tensor,
+    divisor: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    options: LossOptions,
+) -> torch.Tensor:
+    """The losses, their sum, or their mean: over the sum of divisor (n_rows,), or normalizer."""
+    if options.reduction == "none":
+        return losses
+    if options.reduction == "sum":
+        return losses.sum()
+    if normalizer is not None:
+        return losses.sum() / normalizer.to(losses.dtype)
+    if options.normalizer is not None:
+        return losses.sum() / options.normalizer
+    return losses.sum() / divisor.sum()
+
+
+def entropy_of(logits: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """In nats, of each row: 0 * log(0) is 0 in it, and so is its gradient."""
+    log_probs = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+    return -(log_probs.exp() * (logits != -torch.inf) * log_probs).sum(dim=-1)

@@ -123,6 +123,11 @@ def _collapses(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     )
 
 
+def compute_dtype(logits: torch.Tensor) -> torch.dtype:
+    """That of the arithmetic and of the loss."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def is_dense(rows: torch.Tensor) -> bool:
     """Whether the vocabulary is the contiguous axis, as the kernels' wide accesses need."""
     return rows.stride(-1) == 1 or rows.shape[-1] == 1

@@ -42,13 +42,13 @@ def test_any_block_size_gives_the_same(monkeypatch, batch, rows, dtype, inplace)
     for route in (True, False):
         results = []
         for size in (1000, rows):
-            monkeypatch.setattr(cpu, "block_rows", lambda *_, size=size: size)
+            monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_, size=size: size)
             logits = padded.clone(memory_format=torch.preserve_format)
             results.append(fused(logits, targets, weight, grad_in_forward=route, **options))
         (losses, gradient, _), (again, gradient_again, _) = results
         torch.testing.assert_close(losses, again)
         torch.testing.assert_close(gradient, gradient_again)
-        monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
+        monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_: rows)
         if not inplace:
             assert_as_exact_as_torch(padded, targets, weight, grad_in_forward=route, **options)
 
@@ -97,9 +97,9 @@ def test_any_block_size_gives_the_same_with_every_option(
 
     options = options | dict(inplace=inplace, grad_in_forward=False if inplace else None)
     for reduction in ("none", "mean"):
-        monkeypatch.setattr(cpu, "block_rows", lambda *_: 1000)
+        monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_: 1000)
         at_once = call(reduction=reduction, **options)
-        monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
+        monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_: rows)
         in_blocks = call(reduction=reduction, **options)
         torch.testing.assert_close(in_blocks, at_once)
         with backend("reference"):
@@ -120,11 +120,11 @@ def test_predictions_are_the_first_largest():
 @pytest.mark.parametrize("shape", [(1, 10), (10, 1), (3, 4), (4, 3), (2, 7), (0, 3), (3, 0)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 100])
 def test_blocks_cover_every_row_once(monkeypatch, shape, rows):
-    monkeypatch.setattr(cpu, "block_rows", lambda *_: rows)
+    monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_: rows)
     logits = torch.zeros(*shape, 5)
     numbers = torch.arange(shape[0] * shape[1]).view(shape)
     seen = []
-    for flat, groups, columns in cpu._blocks(logits, cpu._rows_at_once(logits, False)):
+    for flat, groups, columns in cpu.blocks.blocks(logits, cpu.blocks.rows_at_once(logits, False)):
         block = numbers[groups, columns].flatten()
         assert 0 < len(block) <= max(rows, 1)
         assert block.tolist() == list(range(flat.start, flat.stop))
@@ -136,7 +136,7 @@ def test_blocks_cover_every_row_once(monkeypatch, shape, rows):
 @pytest.mark.parametrize("in_scratch", [False, True])
 def test_a_block_has_four_rows_a_thread_and_is_small(n_threads, in_scratch):
     for vocab_size in (1, 2, 65, 1000, 50257, 1_000_000):
-        rows = cpu.block_rows(vocab_size, n_threads, in_scratch)
+        rows = cpu.blocks.block_rows(vocab_size, n_threads, in_scratch)
         assert rows >= 4 * n_threads
         megabytes = rows * vocab_size * 4 / n_threads / 2**20
         assert megabytes <= (1 if in_scratch else 2) or rows == 4 * n_threads

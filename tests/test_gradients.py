@@ -486,7 +486,8 @@ def test_the_triton_route_never_asks_the_device(kernel_device, monkeypatch):
     """No operation that a GPU would have to be waited for, in forward, in backward or twice."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    for module in ("cross_entropy", "row_losses", "row_tangents"):  # a mode would be shown our operators only
+    # a mode would be shown our operators only
+    for module in ("cross_entropy", "row_losses", "row_tangents"):
         monkeypatch.setattr(f"fused_ce.{module}.is_traced", lambda logits: False)
 
     class NoSynchronisation(TorchDispatchMode):

@@ -13,7 +13,7 @@ import torch
 import fused_ce
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = [ROOT / "fused_ce", ROOT / "fused_ce" / "integrations", ROOT / "kernels"]
+FOLDERS = [ROOT / path for path in ("fused_ce", "fused_ce/cpu", "fused_ce/integrations", "kernels")]
 SOURCES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 HEAVY = ("triton", "transformers", "matplotlib", "tyro", "tqdm", "safetensors")
 

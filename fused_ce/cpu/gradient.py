@@ -1,0 +1,58 @@
+"""The gradient of the rows of a block, from their statistics; and a finished gradient scaled."""
+
+import torch
+
+from fused_ce.cpu.blocks import at, blocks, rows_at_once
+from fused_ce.cpu.statistics import LOG2E
+from fused_ce.rows import compute_dtype
+
+
+def make_gradient(block, stats, terms, grads, options) -> None:
+    """The gradient of the logits in work, from what sum_up and with_mean left there."""
+    rows, targets, work, exp, soft, slope = block
+    of_lse = at(grads.x, rows) * at(terms.lse, rows)
+    if options.z_loss:
+        lse = stats.maximum + stats.exp.log()
+        of_lse = of_lse + 2.0 * options.z_loss * at(grads.x, rows) * lse
+    if grads.lse is not None:
+        of_lse = of_lse + at(grads.lse, rows)
+    if grads.entropy is not None:  # its gradient is softmax * (mean - x)
+        of_lse = of_lse + at(grads.entropy, rows) * stats.mean
+        work.mul_(at(grads.entropy, rows) / (stats.exp * -LOG2E))
+        work.addcmul_(exp, of_lse / stats.exp)
+    else:
+        torch.mul(exp, stats.exp.reciprocal().mul_(of_lse), out=work)
+    if soft is not None:
+        work.addcmul_(soft, at(grads.minus_target, rows))
+    else:
+        if terms.smoothing:
+            even = at(grads.smooth, rows)
+            work.sub_(even if terms.weight is None else even * terms.weight.T)
+        work.scatter_add_(1, targets, at(grads.minus_target, rows))
+    if slope is not None:
+        work.mul_(slope)
+
+
+def grad_of_soft(block, stats, terms, grads, options) -> torch.Tensor:
+    """The gradient of probabilities, (1 - smoothing) * weight * (lse - x)."""
+    log_probs = (block.work / -LOG2E).add_(stats.exp.log())
+    log_probs.mul_(at(grads.losses, block.rows) * (1.0 - options.label_smoothing))
+    return log_probs if terms.weight is None else log_probs.mul_(terms.weight.T)
+
+
+def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tensor) -> None:
+    """out = grad_logits * grad_losses, () or (n_rows,); out may be grad_logits.
+
+    A zero stays zero: an upstream gradient of inf or NaN does not reach the ignored rows.
+    """
+    if grad_losses.dim() == 0 and grad_losses == 1.0 and out is grad_logits:
+        return
+    dtype = compute_dtype(grad_logits)
+    all_finite = bool(grad_losses.isfinite().all())
+    factors = grad_losses.to(dtype).expand(grad_logits.shape[:2].numel())
+    for rows, groups, columns in blocks(grad_logits, rows_at_once(grad_logits, True)):
+        block = grad_logits[groups, columns]
+        scaled = block.to(dtype) * factors[rows].view(*block.shape[:2], 1)
+        if not all_finite:
+            scaled.masked_fill_(block == 0.0, 0.0)
+        out[groups, columns] = scaled

@@ -1,0 +1,120 @@
+"""Loss and gradient of rows: one pass over them, a block at a time."""
+
+import torch
+
+from fused_ce.cpu.blocks import at, blocks, rows_at_once
+from fused_ce.cpu.gradient import grad_of_soft, make_gradient
+from fused_ce.cpu.statistics import (
+    Block,
+    RowSums,
+    empty_sums,
+    load,
+    load_soft,
+    result_of,
+    sum_up,
+    with_mean,
+)
+from fused_ce.cpu.terms import GradTerms, RowTerms, grad_terms, row_terms
+from fused_ce.options import LossOptions
+from fused_ce.rows import Result, Rows, Upstream, compute_dtype, is_dense
+
+
+def forward(rows: Rows, options: LossOptions, unweighted: bool = False) -> Result:
+    """The loss of rows, and what else options ask for; see rows.py."""
+    terms = row_terms(rows, options)
+    sums = empty_sums(rows, options)
+    pass_over_rows(rows, options, terms, sums)
+    return result_of(terms, sums, options, unweighted)
+
+
+def forward_with_grad(
+    rows: Rows, options: LossOptions, grad_logits: torch.Tensor, unweighted: bool = False
+) -> Result:
+    """As forward; fills grad_logits (like the logits, or they themselves) for an upstream of 1."""
+    terms = row_terms(rows, options)
+    sums = empty_sums(rows, options)
+    grads = grad_terms(terms, Upstream(1.0), sums, options)
+    pass_over_rows(rows, options, terms, sums, grads, grad_logits)
+    return result_of(terms, sums, options, unweighted)
+
+
+def backward(
+    upstream: Upstream,
+    rows: Rows,
+    saved: tuple[()],
+    options: LossOptions,
+    grad_logits: torch.Tensor | None,
+    grad_targets: torch.Tensor | None,
+) -> None:
+    """Fills grad_logits (like the logits, or they themselves) and grad_targets, where given."""
+    terms = row_terms(rows, options)
+    sums = empty_sums(rows, options, finds_loss=False)
+    grads = grad_terms(terms, upstream, sums, options)
+    pass_over_rows(rows, options, terms, sums, grads, grad_logits, grad_targets)
+
+
+def pass_over_rows(
+    rows: Rows,
+    options: LossOptions,
+    terms: RowTerms,
+    sums: RowSums,
+    grads: GradTerms | None = None,
+    grad_logits: torch.Tensor | None = None,
+    grad_targets: torch.Tensor | None = None,
+) -> None:
+    """Fills the sums and the gradients that are given."""
+    logits, vocab_size = rows.logits, rows.logits.shape[2]
+    needs_mean = sums.mean is not None or grads is not None and grads.entropy is not None
+    scratch, at_once = _scratch(rows, options, needs_mean, grad_logits)
+    for part, groups, columns in blocks(logits, at_once):
+        n = part.stop - part.start
+        in_place = scratch.work is None
+        work = grad_logits[groups, columns].view(n, vocab_size) if in_place else scratch.work[:n]
+        block = _block(part, work, scratch, terms)
+        x = load(logits[groups, columns], block, terms, options)
+        if block.soft is not None:
+            load_soft(rows.targets[groups, columns], block, terms, options)
+        stats = sum_up(x, block, terms, sums)
+        if grad_targets is not None:
+            out = grad_targets[groups, columns]
+            out.copy_(grad_of_soft(block, stats, terms, grads, options).view(out.shape))
+        if needs_mean:
+            stats = with_mean(block, stats, sums)
+        if grad_logits is not None:
+            make_gradient(block, stats, terms, grads, options)
+            if not in_place:
+                out = grad_logits[groups, columns]
+                out.copy_(work.view(out.shape))
+
+
+def _scratch(rows, options, needs_mean, grad_logits) -> tuple[Block, int]:
+    """The buffers that a pass needs, and how many rows they hold."""
+    logits, dtype, soft = rows.logits, compute_dtype(rows.logits), rows.has_probabilities
+    work = grad_logits is None or not _can_hold_work(grad_logits, dtype)
+    exp = soft or needs_mean
+    slope = options.softcap is not None and grad_logits is not None
+    at_once = rows_at_once(logits, work or exp or slope)
+    size = min(logits.shape[0] * logits.shape[1], at_once), logits.shape[2]
+
+    def buffer(needed):
+        return logits.new_empty(size, dtype=dtype) if needed else None
+
+    return Block(None, None, buffer(work), buffer(exp), buffer(soft), buffer(slope)), at_once
+
+
+def _block(rows, work, scratch, terms) -> Block:
+    n, (*_, exp, soft, slope) = work.shape[0], scratch
+    return Block(
+        rows,
+        at(terms.targets, rows),
+        work,
+        work if exp is None else exp[:n],
+        soft if soft is None else soft[:n],
+        slope if slope is None else slope[:n],
+    )
+
+
+def _can_hold_work(grad_logits: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a block of the gradient is itself a place to compute in: no scratch, no copy back."""
+    one_level = grad_logits.shape[0] == 1 and is_dense(grad_logits)
+    return grad_logits.dtype == dtype and (one_level or grad_logits.is_contiguous())
