@@ -1,4 +1,4 @@
-"""The house: imports run down the floors, never up or in a circle, and a reader can hold each room."""
+"""The house: imports run down the floors, never up or in a circle; a reader can hold each room."""
 
 import ast
 from pathlib import Path
