@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import threading
+import warnings
 from collections.abc import Iterator
 from types import CodeType
 from typing import TypeVar
@@ -16,6 +18,8 @@ from fused_ce.cross_entropy import fused_cross_entropy
 Model = TypeVar("Model", bound=nn.Module)
 CURRENT = "_loss_function"  # what the property PreTrainedModel.loss_function reads, if it is there
 BEFORE = "_loss_before_fused_ce"  # what was there: (), or a tuple of it alone
+HOOKS = "_hooks_of_fused_ce"  # what tells of a forward that asks for another loss
+_calls = threading.local()  # of causal_lm_loss in this thread: replicas run in threads of their own
 
 
 def causal_lm_loss(
@@ -51,6 +55,8 @@ def causal_lm_loss(
         ValueError: there are no labels, or not one for each row of logits.
         TypeError, IndexError: as `fused_cross_entropy`.
     """
+    if not torch.compiler.is_compiling():
+        _calls.count = getattr(_calls, "count", 0) + 1
     if shift_labels is None:
         if labels is None:
             raise ValueError("a loss needs labels or shift_labels, got None for both")
@@ -79,7 +85,8 @@ def patch(model: Model) -> Model:
     """Let this one model compute its loss by `causal_lm_loss`, and no other model.
 
     A copy or a pickle of the patched model is patched as well; what `from_pretrained` loads is not.
-    Patching twice is harmless.
+    Patching twice is harmless. The first forward with labels that computes its loss elsewhere, as
+    TRL's trainers let models do, warns: the patch has no effect there.
 
     Args:
         model: a causal language model of transformers whose forward calls `self.loss_function`; in
@@ -104,6 +111,10 @@ def patch(model: Model) -> Model:
             f"need a model with the loss_function of PreTrainedModel, got {type(inner).__name__}, "
             "which has its own"
         )
+    attributes[HOOKS] = (
+        inner.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        inner.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+    )
     return model
 
 
@@ -123,6 +134,8 @@ def unpatch(model: Model) -> Model:
     attributes = vars(inner)
     was_patched = _is_patched(inner)  # or somebody has set another loss since: that one stays
     before = attributes.pop(BEFORE, ())
+    for hook in attributes.pop(HOOKS, ()):
+        hook.remove()
     if was_patched:
         if before:
             attributes[CURRENT] = before[0]
@@ -169,6 +182,31 @@ def _normalizer(
     if num_items_in_batch == 0:  # as a number it would be refused
         return torch.zeros((), device=device)
     return num_items_in_batch
+
+
+def _before_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Note how often the loss has been called in this thread."""
+    if not torch.compiler.is_compiling():
+        _calls.before = [*getattr(_calls, "before", ()), getattr(_calls, "count", 0)]
+
+
+def _after_forward(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    """Warn once where labels were given and the loss was not called: somebody else computes it."""
+    if torch.compiler.is_compiling() or not getattr(_calls, "before", ()):
+        return
+    *_calls.before, before = _calls.before
+    labelled = kwargs.get("labels") is not None and output is not None  # None after an error
+    compiled = hasattr(model.forward, "_torchdynamo_orig_callable")
+    if not labelled or compiled or getattr(_calls, "count", 0) > before or not _is_patched(model):
+        return
+    for hook in vars(model).pop(HOOKS, ()):
+        hook.remove()
+    warnings.warn(
+        f"{type(model).__name__} was given labels and did not call the loss that "
+        "fused_ce.integrations.transformers.patch has set: whoever drives it, a trainer of TRL "
+        "say, computes the loss itself, and patch has no effect there",
+        stacklevel=2,
+    )
 
 
 def _is_patched(inner: PreTrainedModel) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -370,6 +371,45 @@ def test_saved_models_are_not_patched(tmp_path):
         assert before.read_bytes() == after.read_bytes(), name
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "after")
     assert loaded.loss_function is ForCausalLMLoss
+
+
+def with_a_head_of_its_own(model):
+    """As TRL does: the forward of the object is replaced, and computes the loss by itself."""
+    forward = model.forward
+
+    def other(input_ids, labels=None, fused_lm_head=False):
+        if not fused_lm_head:
+            return forward(input_ids=input_ids, labels=labels)
+        logits = forward(input_ids=input_ids).logits
+        return nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+
+    model.forward = other
+    return model
+
+
+def test_a_loss_computed_elsewhere_is_said_once():
+    """A patch without effect is a silent nothing otherwise."""
+    model = with_a_head_of_its_own(patch(llama()))
+    given = dict(input_ids=tokens(3, 12), labels=LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**given)
+        model(input_ids=tokens(3, 12), fused_lm_head=False)
+        with pytest.raises(TypeError):
+            model(**given, nonsense=1)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM .* TRL .* no effect there"):
+        model(**given, fused_lm_head=True)
+    again = with_a_head_of_its_own(unpatch(patch(llama())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**given, fused_lm_head=True)
+        again(**given, fused_lm_head=True)
+
+
+def test_copies_say_it_too():
+    model = copy.deepcopy(patch(llama()))
+    with pytest.warns(UserWarning, match="no effect there"):
+        with_a_head_of_its_own(model)(tokens(3, 12), labels=LABELS, fused_lm_head=True)
 
 
 def test_a_patched_model_generates():
