@@ -11,6 +11,7 @@ import torch
 
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, as_rows
+from fused_ce.tracing import jit_trace_paused, saved_tensors_have_hooks
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (
@@ -35,11 +36,12 @@ class CrossEntropyStats(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Checked arguments: tensors as rows, options, and the shape of a loss per target."""
+    """Checked arguments: rows, options, the shape of a loss per target, and the class axis."""
 
     rows: Rows
     options: LossOptions
     batch_shape: tuple[int, ...]
+    dim: int
 
     def returned(
         self, results: tuple[torch.Tensor, ...]
@@ -64,12 +66,16 @@ def prepare(
     options: LossOptions,
 ) -> Call:
     """Check everything that the host can see without reading a tensor, and make rows of it."""
+    if torch.jit.is_tracing():
+        return _prepare_for_jit(logits, targets, weight, sample_weight, dim, options)
     _check_tensors(logits, targets, weight, sample_weight)
     check_options(options)
+    if logits.dim() == 1 and targets.shape == (1,) and not targets.is_floating_point():
+        targets = targets[0]  # torch takes (C,) with (1,) too, and gives a loss of shape ()
+        if sample_weight is not None and sample_weight.shape == (1,):
+            sample_weight = sample_weight[0]
     dim = class_axis(logits.shape, targets.shape, dim, targets.is_floating_point())
     vocab_size = logits.shape[dim]
-    if vocab_size == 0:
-        raise ValueError(f"logits need at least one class, got {tuple(logits.shape)}")
     batch_shape = logits.shape[:dim] + logits.shape[dim + 1 :]
     _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_shape)
     if targets.is_floating_point() and options.ignore_index >= 0:
@@ -83,7 +89,34 @@ def prepare(
     if sample_weight is not None:
         sample_weight = sample_weight.flatten()
     rows = Rows(*as_rows(logits, targets, dim), weight, sample_weight, normalizer)
-    return Call(rows, _with_plain_numbers(options), batch_shape)
+    return Call(rows, _with_plain_numbers(options), batch_shape, dim)
+
+
+def _prepare_for_jit(logits, targets, weight, sample_weight, dim, options) -> Call:
+    """For `torch.jit.trace`, which records operations: rows of later calls, however many.
+
+    The arguments are checked on the values that it traces with, unrecorded. No later value is
+    looked at: a target out of range then makes its row NaN.
+    """
+    with jit_trace_paused():
+        checked = prepare(logits, targets, weight, sample_weight, dim, options)
+        check_targets_on_host(checked.rows, checked.options, "reference")
+        if checked.rows.has_no_classes:
+            raise ValueError(f"a trace needs at least one class, got {tuple(logits.shape)}")
+
+    def of_classes(tensor):  # (1, n_rows, V)
+        tensor = tensor.movedim(checked.dim, -1)
+        return (tensor[None] if tensor.dim() == 1 else tensor.flatten(0, -2))[None]
+
+    probabilities = targets.is_floating_point()
+    rows = checked.rows._replace(
+        logits=of_classes(logits),
+        targets=of_classes(targets) if probabilities else targets.flatten()[None],
+        sample_weight=None if sample_weight is None else sample_weight.flatten(),
+    )
+    if isinstance(options.normalizer, torch.Tensor):
+        rows = rows._replace(normalizer=options.normalizer.detach().to(logits.device))
+    return checked._replace(rows=rows, batch_shape=logits.select(checked.dim, 0).shape)
 
 
 def check_options(options: LossOptions) -> None:
@@ -93,13 +126,7 @@ def check_options(options: LossOptions) -> None:
     _check_number("label_smoothing", options.label_smoothing)
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
-    ignore_index = options.ignore_index
-    if isinstance(ignore_index, bool) or not (
-        isinstance(ignore_index, int) or hasattr(ignore_index, "__index__")
-    ):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
+    _check_ignore_index(options.ignore_index)
     for name, value in (("z_loss", options.z_loss), ("logit_scale", options.logit_scale)):
         _check_number(name, value)
         if not -math.inf < value < math.inf:
@@ -130,6 +157,19 @@ def _check_number(name: str, value: object, or_else: str = "") -> None:
         float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got a number beyond float64") from None
+
+
+def _check_ignore_index(value: object) -> None:
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:  # a tensor of several elements, or a floating one, among others
+            got = value if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"ignore_index must be an int, got {got}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {value}")
 
 
 def _check_normalizer(options: LossOptions) -> None:
@@ -223,7 +263,13 @@ def class_axis(
     if got == second:
         return 1
     need = f"{last}" if last == second else f"{last} (classes last) or {second} (classes on axis 1)"
-    raise ValueError(f"logits {shape} need targets {need}, got {got}")
+    hint = ""
+    if got == shape:
+        hint = (
+            " of an integer dtype: one-hot targets become class indices by targets.argmax(-1), or "
+            "probabilities by targets.float()"
+        )
+    raise ValueError(f"logits {shape} need targets {need}, got {got}{hint}")
 
 
 def _check_tensors(logits, targets, weight, sample_weight) -> None:
@@ -233,13 +279,23 @@ def _check_tensors(logits, targets, weight, sample_weight) -> None:
         if value.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+        hint = ""
+        if logits.dtype in TARGET_DTYPES and targets.dtype in LOGITS_DTYPES:
+            hint = f" with targets of {targets.dtype}: are they exchanged? logits come first"
+        raise TypeError(
+            f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}{hint}"
+        )
     if targets.dtype not in TARGET_DTYPES:
-        if targets.dtype not in LOGITS_DTYPES or targets.shape != logits.shape:
-            raise TypeError(
-                "targets must be class indices of an integer dtype, or probabilities of the "
-                f"logits' shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
-            )
+        shape, got = tuple(logits.shape), tuple(targets.shape)
+        need = (
+            "targets must be class indices of an integer dtype, or probabilities of the logits' "
+            f"shape {shape}, got {targets.dtype} {got}"
+        )
+        if targets.dtype not in LOGITS_DTYPES:
+            raise TypeError(need)
+        if targets.shape != logits.shape:
+            hint = ": class indices come from targets.long()" if len(got) < len(shape) else ""
+            raise ValueError(need + hint)
     for name, value in (("weight", weight), ("sample_weight", sample_weight)):
         if value is None:
             continue
@@ -258,10 +314,13 @@ def _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_sha
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight gets no gradient: pass weight.detach()")
     if sample_weight is not None and sample_weight.shape != batch_shape:
+        need, got, hint = tuple(batch_shape), tuple(sample_weight.shape), ""
+        if got and got == need[: len(got)]:  # one per sequence, where one per token is needed
+            axes = ", ".join([":"] * len(got) + ["None"] * (len(need) - len(got)))
+            hint = f"; to repeat them, pass sample_weight[{axes}].expand{need}"
         raise ValueError(
-            f"logits {tuple(logits.shape)} need one factor per target, sample_weight "
-            f"{tuple(batch_shape)}, got {tuple(sample_weight.shape)}; sample_weight.expand makes "
-            "one per token of one per sequence"
+            f"logits {tuple(logits.shape)} need one factor per target, sample_weight {need}, "
+            f"got {got}{hint}"
         )
     device = logits.device
     others = (("targets", targets), ("weight", weight), ("sample_weight", sample_weight))
@@ -283,11 +342,29 @@ def check_memory(rows: Rows) -> None:
             )
 
 
+def check_overwritable(logits: torch.Tensor) -> None:
+    """Raise ValueError where the operation behind the logits keeps them for its own gradient.
+
+    Autograd would find out in its backward, and could not say which argument to change.
+    """
+    if not (logits.requires_grad and torch.is_grad_enabled()) or saved_tensors_have_hooks():
+        return
+    root = logits if logits._base is None else logits._base
+    for name in ("_saved_result", "_saved_output"):
+        if getattr(root.grad_fn, name, None) is not None:
+            raise ValueError(
+                f"inplace=True would overwrite logits that {root.grad_fn.name()} keeps for its own "
+                "gradient: pass inplace=False, or a clone; a cap by tanh is softcap= here"
+            )
+
+
 def check_targets_on_host(rows: Rows, options: LossOptions, name: str) -> None:
     """Raise IndexError with row and value of the first target that is no class and not ignored.
 
     Reads the targets where that costs nothing: never on a GPU unless FUSED_CE_DEBUG asks for it.
     """
+    if torch.jit.is_tracing():
+        return
     on_host = rows.targets.device.type == "cpu" and name != "triton"
     if not on_host and os.environ.get("FUSED_CE_DEBUG") != "1":
         return

@@ -41,7 +41,10 @@ def backend(name: str) -> Iterator[None]:
 
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+        hint = ""
+        if name in TRITON_DEVICES:
+            hint = f': "auto" and "triton" compute {name} tensors where they are'
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}{hint}")
     return name
 
 

@@ -1,11 +1,19 @@
 """Logits to loss: the public function, and which of the paths below computes it."""
 
 import torch
+from torch.overrides import has_torch_function_variadic
 
-from fused_ce.arguments import CrossEntropyStats, check_memory, check_targets_on_host, prepare
+from fused_ce.arguments import (
+    CrossEntropyStats,
+    check_memory,
+    check_overwritable,
+    check_targets_on_host,
+    prepare,
+)
 from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose
 from fused_ce.options import LossOptions
+from fused_ce.overrides import overridden
 from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows
 from fused_ce.rows import Rows
@@ -88,6 +96,14 @@ def fused_cross_entropy(
             (`create_graph=True`), torch.func, forward-mode AD or a gradient through the stats
             reads again.
     """
+    if has_torch_function_variadic(logits, targets, weight, sample_weight, normalizer):
+        return overridden(
+            fused_cross_entropy, (logits, targets, weight, sample_weight, normalizer),
+            logits, targets, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, dim=dim, sample_weight=sample_weight,
+            normalizer=normalizer, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+            inplace=inplace, grad_in_forward=grad_in_forward, return_stats=return_stats,
+        )  # fmt: skip
     options = LossOptions(
         ignore_index, reduction, label_smoothing, inplace, grad_in_forward, normalizer, z_loss,
         logit_scale, softcap, return_stats,
@@ -101,14 +117,19 @@ def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tens
 
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
     """
+    # A jit trace records what it sees: the implementations read targets, which would be constants.
+    if torch.jit.is_tracing():
+        return reference(rows, options)
     traced, transformed = is_traced(rows.logits), is_transformed(rows)
     has_values = not traced and not transformed
     if has_values:
         check_targets_on_host(rows, options, backend)
     # Compilers do not differentiate operators inside of torch.func: they get plain PyTorch.
-    if backend == "reference" or traced and transformed:
+    if backend == "reference" or rows.has_no_classes or traced and transformed:
         return reference(rows, options)
     if has_values:
         check_memory(rows)
+        if options.inplace:
+            check_overwritable(rows.logits)
         return cross_entropy(rows, options, backend)
     return cross_entropy_of_rows(rows, options, backend)

@@ -59,6 +59,11 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         return_stats: bool = False,
     ) -> None:
         """Store the options; `forward` reads the attributes, so they may be changed later."""
+        if not (weight is None or isinstance(weight, torch.Tensor)):
+            hint = ""
+            if isinstance(weight, int) and not isinstance(weight, bool):
+                hint = f"; ignore_index is a keyword here, as in torch: ignore_index={weight}"
+            raise TypeError(f"weight must be a torch.Tensor or None, got {weight!r}{hint}")
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.dim = dim
         self.normalizer = normalizer
@@ -86,6 +91,13 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
             options["normalizer"] = normalizer
         return fused_cross_entropy(
             input, target, self.weight, sample_weight=sample_weight, **options
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` asks for; it cannot compile what calls kernels."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile FusedCrossEntropyLoss: keep it outside of what is "
+            "scripted, or use torch.nn.CrossEntropyLoss; torch.compile and torch.jit.trace take it"
         )
 
     def extra_repr(self) -> str:

@@ -49,13 +49,16 @@ def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
 
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
     """
+    if rows.has_no_classes:
+        return without_classes(rows, options)
+    # No number is read from a tensor, its length neither: a jit trace would take it for a constant.
     dtype, vocab_size = compute_dtype(rows.logits), rows.logits.shape[-1]
     logits = rows.logits.flatten(0, 1).to(dtype)
     weight = logits.new_ones(vocab_size) if rows.weight is None else rows.weight.to(dtype)
-    sample_weight = logits.new_ones(len(logits))
+    sample_weight = torch.ones_like(logits[:, 0])
     if rows.sample_weight is not None:
         sample_weight = rows.sample_weight.to(dtype)
-    ignored = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    ignored = torch.zeros_like(sample_weight, dtype=torch.bool)
     in_range = ~ignored
     if not rows.has_probabilities:
         targets = rows.targets.flatten().long()
@@ -119,7 +122,7 @@ def losses_of_classes(
     target_log_probs = log_probs.gather(1, targets[:, None]).squeeze(1)
     losses = -(1.0 - smoothing) * weight[targets] * target_log_probs
     if smoothing > 0.0:
-        losses = losses - smoothing / vocab_size * (weight * log_probs).sum(dim=-1)
+        losses = losses - smoothing * (weight * log_probs).sum(dim=-1) / vocab_size
     return losses
 
 
@@ -129,7 +132,8 @@ def losses_of_probabilities(
     """sum_c weight[c] * ((1 - s) * p[c] + s / C) * -log softmax[c]."""
     smoothing, vocab_size = options.label_smoothing, log_probs.shape[-1]
     probabilities = probabilities.flatten(0, 1).to(log_probs.dtype)
-    soft = (1.0 - smoothing) * probabilities + smoothing / vocab_size
+    soft = (1.0 - smoothing) * probabilities
+    soft = soft + torch.full_like(soft, smoothing) / vocab_size
     return -(weight * soft * log_probs).sum(dim=-1)
 
 
@@ -155,3 +159,16 @@ def entropy_of(logits: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """In nats, of each row: 0 * log(0) is 0 in it, and so is its gradient."""
     log_probs = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
     return -(log_probs.exp() * (logits != -torch.inf) * log_probs).sum(dim=-1)
+
+
+def without_classes(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
+    """(N, 0) logits, as torch: a row costs 0, nothing divides a mean, and every index is wrong."""
+    losses = rows.logits.flatten(0, 1).to(compute_dtype(rows.logits)).sum(dim=-1)
+    if not rows.has_probabilities:
+        wrong = rows.targets.flatten().long() != options.ignore_index
+        losses = losses.masked_fill(wrong, torch.nan)
+    loss = reduced(losses, torch.zeros_like(losses), rows.normalizer, options)
+    if not options.return_stats:
+        return (loss,)
+    nothing = torch.zeros_like(losses)
+    return loss, losses, nothing, nothing.clone(), torch.full_like(nothing, -1, dtype=torch.int64)

@@ -25,6 +25,11 @@ class Rows(NamedTuple):
         """Whether the targets are probabilities, not class indices."""
         return self.targets.dim() == 3
 
+    @property
+    def has_no_classes(self) -> bool:
+        """Whether V is 0; a jit trace, which cannot ask, takes none of these."""
+        return not torch.jit.is_tracing() and self.logits.shape[2] == 0
+
 
 class Result(NamedTuple):
     """What an implementation's forward finds; all but the loss only where it was asked for.

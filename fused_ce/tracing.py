@@ -1,6 +1,7 @@
 """What PyTorch is doing just now, which only its private interfaces tell: asked for here alone."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.autograd import forward_ad
@@ -31,6 +32,17 @@ def is_transformed(tensors: Iterable[torch.Tensor | None]) -> bool:
             for tensor in tensors
         )
     )
+
+
+@contextlib.contextmanager
+def jit_trace_paused() -> Iterator[None]:
+    """`torch.jit.trace` records nothing in the `with`; shapes and values are plain numbers."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def is_batched_or_dual(grad: torch.Tensor | None) -> bool:

@@ -128,6 +128,13 @@ def test_a_bad_environment_is_named(monkeypatch):
         fused_cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
 
 
+def test_a_device_is_no_backend():
+    """What a user of a GPU tries first."""
+    with pytest.raises(ValueError, match='must be one of .* got \'cuda\': "auto" and "triton"'):
+        with backend("cuda"):
+            pass
+
+
 def test_cpu_backend_needs_cpu_tensors():
     with backend("cpu"), pytest.raises(ValueError, match="'cpu' needs .* got meta"):
         choose(torch.device("meta"))

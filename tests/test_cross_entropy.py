@@ -181,6 +181,74 @@ def test_no_rows(device, shape, reduction, grad_in_forward):
         assert loss.isnan() if reduction == "mean" else loss == 0
 
 
+NO_CLASSES = [
+    pytest.param((5, 0), "probabilities", id="N-0"),
+    pytest.param((5, 0, 3), "probabilities", id="N-0-d1"),
+    pytest.param((0, 0), "probabilities", id="0-0"),
+    pytest.param((0,), "probabilities", id="0"),
+    pytest.param((5, 0), "ignored", id="N-0-ignored"),
+    pytest.param((0, 0), "ignored", id="0-0-ignored"),
+    pytest.param((0,), "ignored", id="0-ignored"),
+]
+
+
+@pytest.mark.parametrize("shape, kind", NO_CLASSES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_classes_are_as_torch(device, shape, kind, reduction):
+    dim = min(1, len(shape) - 1)
+    batch_shape = shape[:dim] + shape[dim + 1 :]
+    logits = torch.zeros(shape, device=device, requires_grad=True)
+    targets = torch.zeros(shape, device=device)
+    if kind == "ignored":
+        targets = torch.full(batch_shape, -100, device=device)
+    right = F.cross_entropy(logits, targets, reduction=reduction)
+    loss, stats = fused_cross_entropy(
+        logits, targets, dim=dim, reduction=reduction, return_stats=True
+    )
+    torch.testing.assert_close(loss, right, equal_nan=True)
+    assert (stats.losses == 0).all() and (stats.predictions == -1).all()
+    assert all(stat.shape == batch_shape for stat in stats)
+    loss.sum().backward()
+    assert logits.grad.shape == shape
+
+
+def test_every_index_is_out_of_range_without_classes(host_device, kernel_device):
+    logits, targets = torch.zeros(2, 0), torch.tensor([-100, 0])
+    with backend("cpu"), pytest.raises(IndexError, match="target 0 of row 1"):
+        fused_cross_entropy(logits, targets)
+    losses = fused_cross_entropy(
+        logits.to(kernel_device), targets.to(kernel_device), reduction="none"
+    )
+    assert losses.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_row_with_one_target_on_an_axis(device, reduction):
+    """(C,) logits with (1,) targets: torch's loss has no axes then."""
+    logits = random_logits(7, device=device)
+    for target in (4, -100):
+        targets = torch.tensor([target], device=device)
+        right = F.cross_entropy(logits, targets, reduction=reduction)
+        loss = fused_cross_entropy(logits, targets, reduction=reduction)
+        torch.testing.assert_close(loss, right, equal_nan=True)
+    loss, gradient, _ = fused(
+        logits, torch.tensor([4], device=device), reduction=reduction, label_smoothing=0.1,
+        sample_weight=torch.tensor([2.0], device=device), normalizer=None,
+    )  # fmt: skip
+    right, right_gradient, _ = fused(
+        logits, torch.tensor(4, device=device), reduction=reduction, label_smoothing=0.1,
+        sample_weight=torch.tensor(2.0, device=device), normalizer=None,
+    )  # fmt: skip
+    assert torch.equal(loss, right) and torch.equal(gradient, right_gradient)
+
+
+def test_ignore_index_is_anything_with_an_index(device):
+    logits, targets = a_batch(SMALL, device=device)
+    for value in (torch.tensor(3), torch.tensor([3], dtype=torch.int8)):
+        loss = fused_cross_entropy(logits, targets, ignore_index=value)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, targets, ignore_index=3))
+
+
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
@@ -353,8 +421,15 @@ ERRORS = [
     pytest.param(TypeError, (TARGETS[:, None], TARGETS), {}, ["float32", "int64"], id="logits-int"),
     pytest.param(TypeError, (LOGITS.to(torch.complex64), TARGETS), {}, ["float32", "complex64"],
                  id="logits-complex"),
-    pytest.param(TypeError, (LOGITS, TARGETS.float()), {}, ["integer", "float32"],
+    pytest.param(ValueError, (LOGITS, TARGETS.float()), {}, ["integer", "float32", "(4, 5)",
+                                                             "(4,)", "targets.long()"],
                  id="targets-float"),
+    pytest.param(ValueError, (LOGITS, torch.ones(4, 6)), {}, ["(4, 5)", "(4, 6)", "probabilities"],
+                 id="probabilities-of-more-classes"),
+    pytest.param(ValueError, (LOGITS, LOGITS.long()), {},
+                 ["(4,)", "one-hot", "argmax(-1)", ".float()"], id="one-hot"),
+    pytest.param(TypeError, (TARGETS, LOGITS), {}, ["int64", "float32", "exchanged"],
+                 id="exchanged"),
     pytest.param(TypeError, (LOGITS, TARGETS.bool()), {}, ["integer", "bool"], id="targets-bool"),
     pytest.param(TypeError, (LOGITS, TARGETS, 0.5), {}, ["weight", "Tensor", "float"],
                  id="weight-number"),
@@ -362,6 +437,18 @@ ERRORS = [
                  ["weight", "floating", "int64"], id="weight-int"),
     pytest.param(TypeError, (LOGITS, TARGETS), dict(ignore_index=1.0),
                  ["ignore_index", "int", "float"], id="ignore-index-float"),
+    pytest.param(TypeError, (LOGITS, TARGETS), dict(ignore_index=torch.tensor(1.0)),
+                 ["ignore_index", "int", "1.0"], id="ignore-index-floating-tensor"),
+    pytest.param(TypeError, (LOGITS, TARGETS), dict(ignore_index=torch.tensor([1, 2])),
+                 ["ignore_index", "int", "tensor([1, 2])"], id="ignore-index-two"),
+    pytest.param(TypeError, (LOGITS, TARGETS), dict(ignore_index=True),
+                 ["ignore_index", "int", "bool"], id="ignore-index-bool"),
+    pytest.param(ValueError, (LOGITS, TARGETS), dict(ignore_index=2**63),
+                 ["ignore_index", "64 bits", str(2**63)], id="ignore-index-too-large"),
+    pytest.param(ValueError, (torch.zeros(2, 3, 5), torch.zeros(2, 3).long()),
+                 dict(sample_weight=torch.ones(2)),
+                 ["(2, 3)", "(2,)", "sample_weight[:, None].expand(2, 3)"],
+                 id="sample-weight-of-sequences"),
     pytest.param(TypeError, (LOGITS, TARGETS), dict(ignore_index=None),
                  ["ignore_index", "int", "None"], id="ignore-index-none"),
     pytest.param(ValueError, (LOGITS, TARGETS), dict(reduction="average"),
@@ -385,8 +472,6 @@ ERRORS = [
     pytest.param(ValueError, (LOGITS, TARGETS), dict(dim=2), ["dim=2", "(4, 5)"], id="dim-2"),
     pytest.param(ValueError, (LOGITS, TARGETS), dict(dim=-3), ["dim=-3", "(4, 5)"], id="dim--3"),
     pytest.param(ValueError, (torch.zeros(()), TARGETS), {}, ["class axis", "0-d"], id="0-d"),
-    pytest.param(ValueError, (torch.zeros(4, 0), TARGETS), {}, ["(4, 0)", "class"],
-                 id="no-classes"),
     pytest.param(ValueError, (LOGITS, TARGETS, torch.ones(4)), {}, ["5", "(5,)", "(4,)"],
                  id="weight-too-short"),
     pytest.param(ValueError, (LOGITS, TARGETS, torch.ones(1, 5)), {}, ["(5,)", "(1, 5)"],

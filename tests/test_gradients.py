@@ -357,6 +357,26 @@ class TestInplace:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.parametrize("view", ["itself", "of-a-view"])
+    def test_logits_that_somebody_keeps_are_refused(
+        self, fused_device, vocab_size, grad_in_forward, view
+    ):
+        """tanh and the like need their result for their own gradient, which comes after ours."""
+        logits, targets = a_batch(fused_device, vocab_size)
+        options = dict(inplace=True, grad_in_forward=grad_in_forward)
+        for keeps in (torch.tanh, torch.sigmoid, lambda x: x.log_softmax(-1)):
+            x = keeps(logits.clone().requires_grad_())
+            given = x if view == "itself" else x.view(1, *x.shape)[0]
+            with pytest.raises(ValueError, match="Backward0 keeps .* inplace=False"):
+                fused_cross_entropy(given, targets, **options)
+            with torch.no_grad():  # nobody will ask
+                fused_cross_entropy(given, targets, **options)
+        leaf = logits.clone().requires_grad_()
+        fused_cross_entropy(30 * torch.tanh(leaf / 30), targets, **options).backward()
+        right = logits.clone().requires_grad_()
+        fused_cross_entropy(30 * torch.tanh(right / 30), targets).backward()
+        torch.testing.assert_close(leaf.grad, right.grad)
+
     def test_expanded_logits_are_not_corrupted(self, fused_device, vocab_size, grad_in_forward):
         row = random_logits(vocab_size, device=fused_device)
         before = row.clone()

@@ -18,7 +18,8 @@ FLOORS = [
     ["fused_ce.backend"],
     ["fused_ce.cpu", "fused_ce.kernels", "fused_ce.reference"],
     ["fused_ce.arguments"],
-    ["fused_ce.rows", "fused_ce.options", "fused_ce.tracing", "fused_ce.version"],
+    ["fused_ce.options", "fused_ce.overrides", "fused_ce.rows", "fused_ce.tracing"],
+    ["fused_ce.version"],
 ]
 ROOMS = ("fused_ce.babygpt", "fused_ce.integrations", "fused_ce.cpu", "fused_ce.kernels")
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 400, 60, 80

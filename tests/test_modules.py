@@ -252,6 +252,14 @@ def test_bad_attributes_raise_when_the_module_is_called():
         module(*batch())
 
 
+def test_the_first_argument_is_the_weight():
+    """Other libraries begin with ignore_index."""
+    with pytest.raises(TypeError, match="weight must be .* got -1; .* ignore_index=-1"):
+        FusedCrossEntropyLoss(-1)
+    with pytest.raises(TypeError, match=r"weight must be .* got \[1.0\]$"):
+        FusedCrossEntropyLoss([1.0])
+
+
 def test_options_that_are_no_numbers_raise_when_the_module_is_made():
     for name in ("z_loss", "logit_scale", "softcap", "normalizer", "return_stats"):
         with pytest.raises(TypeError, match=name):
