@@ -1,44 +1,49 @@
 """How rows are cut into blocks, and what belongs to the rows of a block."""
 
-from collections.abc import Iterator
-
 import torch
 
-BLOCK_ELEMENTS_PER_THREAD = 1 << 19  # 2 MiB of float32
+BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32, for each thread
+LEAST_ELEMENTS = 1 << 17  # fewer are not worth another thread's waking up
 
 
-def block_rows(vocab_size: int, n_threads: int, in_scratch: bool) -> int:
-    """How many rows to work on at once: the one place that decides.
+def block_rows(n_rows: int, vocab_size: int, n_threads: int, in_scratch: bool) -> int:
+    """How many rows a thread works on at once: the one place that decides.
 
-    Measured with two threads, V = 65 to 128,256, float32 and bfloat16: smaller blocks lose up to a
-    fifth in the start of their operations, larger ones win nothing. Where a block needs scratch
-    memory (16-bit logits, some options) it is half as large: 1 MiB a thread, or four rows.
+    So many that they stay in its cache, with what a block needs of scratch memory (16-bit logits,
+    some options); and so few that every thread gets some.
     """
-    elements = BLOCK_ELEMENTS_PER_THREAD // (2 if in_scratch else 1)
-    return max(4 * n_threads, elements * n_threads // vocab_size)
+    elements = BLOCK_ELEMENTS // (2 if in_scratch else 1)
+    share = -(-n_rows // n_threads)
+    return max(4, LEAST_ELEMENTS // vocab_size, min(elements // vocab_size, share))
 
 
 def rows_at_once(logits: torch.Tensor, in_scratch: bool) -> int:
     """`block_rows`, in whole groups where a group is smaller than a block."""
-    rows_per_group = max(logits.shape[1], 1)
-    rows = block_rows(logits.shape[2], torch.get_num_threads(), in_scratch)
+    n_groups, rows_per_group, vocab_size = logits.shape
+    rows_per_group = max(rows_per_group, 1)
+    n_threads = torch.get_num_threads()
+    rows = block_rows(n_groups * rows_per_group, vocab_size, n_threads, in_scratch)
     return rows if rows <= rows_per_group else rows // rows_per_group * rows_per_group
 
 
-def blocks(logits: torch.Tensor, rows: int) -> Iterator[tuple[slice, slice, slice]]:
+def blocks(logits: torch.Tensor, rows: int) -> list[tuple[slice, slice, slice]]:
     """Slices of flat rows, groups and rows within a group that cover (n_groups, rows_per_group)."""
     n_groups, rows_per_group, _ = logits.shape
     if n_groups * rows_per_group == 0:
-        return
+        return []
     groups = max(1, rows // rows_per_group)
     rows = min(rows, rows_per_group)
+    parts = []
     for group in range(0, n_groups, groups):
         group_stop = min(group + groups, n_groups)
         for row in range(0, rows_per_group, rows):
             row_stop = min(row + rows, rows_per_group)
             first = group * rows_per_group + row
             count = (group_stop - group) * (row_stop - row)
-            yield slice(first, first + count), slice(group, group_stop), slice(row, row_stop)
+            parts.append(
+                (slice(first, first + count), slice(group, group_stop), slice(row, row_stop))
+            )
+    return parts
 
 
 def at(value: torch.Tensor | float, rows: slice) -> torch.Tensor | float:

@@ -4,6 +4,7 @@ import torch
 
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
 from fused_ce.cpu.statistics import LOG2E
+from fused_ce.cpu.workers import share
 from fused_ce.rows import compute_dtype
 
 
@@ -31,6 +32,10 @@ def make_gradient(block, stats, terms, grads, options) -> None:
         work.scatter_add_(1, targets, at(grads.minus_target, rows))
     if slope is not None:
         work.mul_(slope)
+    if terms.ignored is not None:  # may have held NaN, and 0 * NaN is NaN
+        ignored = at(terms.ignored, rows).squeeze(1).nonzero().squeeze(1)
+        if len(ignored):
+            work.index_fill_(0, ignored, 0.0)
 
 
 def grad_of_soft(block, stats, terms, grads, options) -> torch.Tensor:
@@ -50,9 +55,13 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
     dtype = compute_dtype(grad_logits)
     all_finite = bool(grad_losses.isfinite().all())
     factors = grad_losses.to(dtype).expand(grad_logits.shape[:2].numel())
-    for rows, groups, columns in blocks(grad_logits, rows_at_once(grad_logits, True)):
+
+    def scale_block(where):
+        rows, groups, columns = where
         block = grad_logits[groups, columns]
         scaled = block.to(dtype) * factors[rows].view(*block.shape[:2], 1)
         if not all_finite:
             scaled.masked_fill_(block == 0.0, 0.0)
         out[groups, columns] = scaled
+
+    share(blocks(grad_logits, rows_at_once(grad_logits, True)), lambda: scale_block)

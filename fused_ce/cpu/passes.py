@@ -15,6 +15,7 @@ from fused_ce.cpu.statistics import (
     with_mean,
 )
 from fused_ce.cpu.terms import GradTerms, RowTerms, grad_terms, row_terms
+from fused_ce.cpu.workers import share
 from fused_ce.options import LossOptions
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype, is_dense
 
@@ -65,45 +66,59 @@ def pass_over_rows(
     """Fills the sums and the gradients that are given."""
     logits, vocab_size = rows.logits, rows.logits.shape[2]
     needs_mean = sums.mean is not None or grads is not None and grads.entropy is not None
-    scratch, at_once = _scratch(rows, options, needs_mean, grad_logits)
-    for part, groups, columns in blocks(logits, at_once):
-        n = part.stop - part.start
-        in_place = scratch.work is None
-        work = grad_logits[groups, columns].view(n, vocab_size) if in_place else scratch.work[:n]
-        block = _block(part, work, scratch, terms)
-        x = load(logits[groups, columns], block, terms, options)
-        if block.soft is not None:
-            load_soft(rows.targets[groups, columns], block, terms, options)
-        stats = sum_up(x, block, terms, sums)
-        if grad_targets is not None:
-            out = grad_targets[groups, columns]
-            out.copy_(grad_of_soft(block, stats, terms, grads, options).view(out.shape))
-        if needs_mean:
-            stats = with_mean(block, stats, sums)
-        if grad_logits is not None:
-            make_gradient(block, stats, terms, grads, options)
-            if not in_place:
-                out = grad_logits[groups, columns]
-                out.copy_(work.view(out.shape))
+    needs = _buffers(rows, options, needs_mean, grad_logits)
+    parts = blocks(logits, rows_at_once(logits, any(needs)))
+    largest = max((part.stop - part.start for part, *_ in parts), default=0)
+
+    def worker():
+        scratch = _scratch(logits, largest, needs)
+
+        def compute(where):
+            part, groups, columns = where
+            n = part.stop - part.start
+            work = scratch.work
+            if work is None:
+                work = grad_logits[groups, columns].view(n, vocab_size)
+            block = _block(part, work, scratch, terms)
+            x = load(logits[groups, columns], block, options)
+            if block.soft is not None:
+                load_soft(rows.targets[groups, columns], block, terms, options)
+            stats = sum_up(x, block, terms, sums)
+            if grad_targets is not None:
+                out = grad_targets[groups, columns]
+                out.copy_(grad_of_soft(block, stats, terms, grads, options).view(out.shape))
+            if needs_mean:
+                stats = with_mean(block, stats, sums)
+            if grad_logits is not None:
+                make_gradient(block, stats, terms, grads, options)
+                if scratch.work is not None:
+                    out = grad_logits[groups, columns]
+                    out.copy_(block.work.view(out.shape))
+
+        return compute
+
+    share(parts, worker)
 
 
-def _scratch(rows, options, needs_mean, grad_logits) -> tuple[Block, int]:
-    """The buffers that a pass needs, and how many rows they hold."""
-    logits, dtype, soft = rows.logits, compute_dtype(rows.logits), rows.has_probabilities
-    work = grad_logits is None or not _can_hold_work(grad_logits, dtype)
-    exp = soft or needs_mean
+def _buffers(rows, options, needs_mean, grad_logits) -> tuple[bool, bool, bool, bool]:
+    """Which buffers a pass needs: of work, exp, soft and slope."""
+    soft = rows.has_probabilities
+    work = grad_logits is None or not _can_hold_work(grad_logits, compute_dtype(rows.logits))
     slope = options.softcap is not None and grad_logits is not None
-    at_once = rows_at_once(logits, work or exp or slope)
-    size = min(logits.shape[0] * logits.shape[1], at_once), logits.shape[2]
+    return work, soft or needs_mean, soft, slope
 
-    def buffer(needed):
-        return logits.new_empty(size, dtype=dtype) if needed else None
 
-    return Block(None, None, buffer(work), buffer(exp), buffer(soft), buffer(slope)), at_once
+def _scratch(logits, n_rows, needs) -> Block:
+    """The buffers of a thread."""
+    size, dtype = (n_rows, logits.shape[2]), compute_dtype(logits)
+    return Block(
+        None, None, *(logits.new_empty(size, dtype=dtype) if needed else None for needed in needs)
+    )
 
 
 def _block(rows, work, scratch, terms) -> Block:
-    n, (*_, exp, soft, slope) = work.shape[0], scratch
+    n, (*_, exp, soft, slope) = rows.stop - rows.start, scratch
+    work = work[:n]
     return Block(
         rows,
         at(terms.targets, rows),

@@ -63,16 +63,17 @@ def empty_sums(rows, options, finds_loss=True) -> RowSums:
     )
 
 
-def load(logits, block, terms, options) -> torch.Tensor:
-    """A block of logits, scaled and capped, as x (n, vocab_size): in work, or where they lie."""
+def load(logits, block, options) -> torch.Tensor:
+    """A block of logits, scaled and capped, as x (n, vocab_size): in work, or where they lie.
+
+    Ignored rows may hold anything, and keep it to themselves: what is made of them is replaced.
+    """
     work = block.work
     x = logits.view(work.shape) if logits.shape[0] == 1 else logits
-    as_they_are = options.logit_scale == 1.0 and options.softcap is None and terms.ignored is None
+    as_they_are = options.logit_scale == 1.0 and options.softcap is None
     if x.dim() == 3 or x.dtype != work.dtype or not as_they_are:
         work.view(x.shape).copy_(x)
         x = work
-    if terms.ignored is not None:  # may hold anything: 0 * NaN would come back in its gradient
-        x.masked_fill_(at(terms.ignored, block.rows), 0.0)
     if options.softcap is not None:
         x.mul_(options.logit_scale / options.softcap).tanh_()
         if block.slope is not None:

@@ -8,6 +8,7 @@ import torch
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
 from fused_ce.cpu.statistics import counted, empty_sums
 from fused_ce.cpu.terms import grad_terms, row_terms
+from fused_ce.cpu.workers import share
 from fused_ce.options import LossOptions
 from fused_ce.rows import Direction, Rows, Tangents, Upstream, compute_dtype
 
@@ -30,7 +31,9 @@ def tangents(
     sums = empty_sums(rows, options, finds_loss=False)
     grads = grad_terms(terms, upstream, sums, options)
     results = Tangents(*(torch.empty_like(sums.exp).squeeze(1) for _ in range(3)))
-    for part, groups, columns in blocks(logits, rows_at_once(logits, in_scratch=True)):
+
+    def compute(where):
+        part, groups, columns = where
         block = _tangent_block(rows, direction, options, terms, part, groups, columns)
         found = _tangents_of_rows(block, options, terms, part)
         for result, values in zip(results, found, strict=True):
@@ -41,6 +44,8 @@ def tangents(
         if grad_targets is not None:
             out = grad_targets[groups, columns]
             out.copy_(_tangent_of_soft_gradient(block, options, terms, grads, part).view(out.shape))
+
+    share(blocks(logits, rows_at_once(logits, in_scratch=True)), lambda: compute)
     return results
 
 

@@ -1,0 +1,128 @@
+"""Blocks of rows on threads that compute alone, so that nobody waits before the last block is done.
+
+An operation of PyTorch is a parallel loop, at whose end every core waits for the slowest. A block
+takes ten of them and a loss hundreds, and where another process has a core each may cost a time
+slice of it. Here each thread takes the next block and works on it by itself: its own operations
+start no loop. PyTorch lets go of Python's lock inside of them.
+"""
+
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Block = TypeVar("Block")
+
+
+class Job:
+    """Blocks, handed out one by one to threads, and whether all of these are done."""
+
+    def __init__(
+        self, blocks: Sequence[Block], worker: Callable[[], Callable[[Block], None]], n_threads: int
+    ):
+        """`worker` makes what a thread calls for each of its blocks."""
+        self.blocks, self.worker = blocks, worker
+        self.numbers = itertools.count()  # the interpreter's lock makes each next one whole
+        self.is_stopped, self.error = False, None
+        self.n_busy, self.lock, self.done = n_threads, threading.Lock(), threading.Lock()
+        self.done.acquire()
+        self.is_inference = torch.is_inference_mode_enabled()
+
+    def work(self) -> None:
+        """Until no block is left, or somebody has failed: an error is the caller's."""
+        try:
+            with torch.inference_mode(self.is_inference), torch.no_grad():
+                compute = self.worker()
+                while not self.is_stopped and (number := next(self.numbers)) < len(self.blocks):
+                    compute(self.blocks[number])
+        except BaseException as raised:
+            self.is_stopped, self.error = True, raised
+        with self.lock:
+            self.n_busy -= 1
+            if self.n_busy == 0:
+                self.done.release()
+
+
+class Pool:
+    """Threads that wait for jobs; as many as the largest job has asked for."""
+
+    def __init__(self):
+        """Without a thread."""
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.n_threads, self.lock = 0, threading.Lock()
+
+    def run(self, job: Job, n_threads: int) -> None:
+        """The job, on as many threads; those of other callers may be before it in the queue.
+
+        What interrupts it, Ctrl-C say, is raised when no thread writes any more. It may come
+        between any two instructions, so what is counted here is right or too low: a thread too many
+        finds nothing to do.
+        """
+        if self.n_threads < n_threads:
+            self._grow(n_threads)
+        n_called, interrupt = 0, None
+        while n_called < n_threads or job.n_busy > 0:
+            try:
+                while n_called < n_threads:
+                    self.jobs.put(job)
+                    n_called += 1
+                if job.n_busy > 0:
+                    job.done.acquire()
+            except BaseException as raised:
+                job.is_stopped, interrupt = True, raised
+        error = interrupt or job.error
+        if error is not None:
+            raise error
+
+    def _grow(self, n_threads: int) -> None:
+        with self.lock:
+            standing = threading.Semaphore(0)
+            new = n_threads - self.n_threads
+            for _ in range(new):
+                threading.Thread(
+                    target=self._serve, args=(standing,), name="fused_ce", daemon=True
+                ).start()
+            for _ in range(new):
+                standing.acquire()
+            if new > 0:
+                # Theirs was also made the number that threads to come begin with.
+                torch.set_num_threads(torch.get_num_threads())
+                self.n_threads = n_threads
+
+    def _serve(self, standing: threading.Semaphore) -> None:
+        torch.get_num_threads()  # a thread's first look sets its number to everybody's
+        torch.set_num_threads(1)
+        _this_thread.is_worker = True
+        standing.release()
+        while True:
+            self.jobs.get().work()
+
+
+def share(blocks: Sequence[Block], worker: Callable[[], Callable[[Block], None]]) -> None:
+    """Call for every block what `worker()` returns, once a thread; the order is anybody's guess.
+
+    On as many threads as PyTorch uses in the one that calls. One block, one core, and calls from a
+    thread of the pool are computed where they are.
+    """
+    n_threads = min(torch.get_num_threads(), len(blocks))
+    if n_threads > 1 and not getattr(_this_thread, "is_worker", False):
+        _pool.run(Job(blocks, worker, n_threads), n_threads)
+        return
+    compute = worker()
+    for block in blocks:
+        compute(block)
+
+
+def _begin() -> None:
+    global _pool
+    _pool = Pool()
+
+
+_this_thread = threading.local()
+_begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin)  # threads do not survive a fork
