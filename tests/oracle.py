@@ -152,6 +152,16 @@ def worst(values, right):
     return np.abs(extended(values) - right).max() if right.size else np.longdouble(0)
 
 
+def assert_as_near(ours, theirs, right):
+    """`ours` is as near to `right`, in float64, as `theirs`; NaN and infinities are the same."""
+    finite = right.isfinite()
+    torch.testing.assert_close(ours[~finite].to(right.dtype), right[~finite], equal_nan=True)
+    right = right[finite].cpu().numpy()
+    error, torch_error = worst(ours[finite], right), worst(theirs[finite], right)
+    slack = 4 * torch.finfo(ours.dtype).eps * np.abs(right).max(initial=0)
+    assert error <= torch_error + slack, f"{error} > {torch_error} + {slack}"
+
+
 def assert_as_exact_as_torch(
     logits, targets, weight=None, *, dim=-1, upstream=None, ulps_of_one=0, **options
 ):
