@@ -132,8 +132,9 @@ def derived(
         losses=np.abs(v) * by_row * counts,
         lse=np.abs(largest) + log_sum + rounded,
         entropy=entropy + log_sum[:, 0] + rounded,
+        # The slope of a cap is 1 - tanh**2, in torch too: its rounding is relative to 1.
         grad_logits=((of_p + np.abs(of_entropy)) * p * (1 + rounded) + np.abs(row * q))
-        * np.abs(slope),
+        * np.abs(logit_scale),
         grad_sample_weight=np.abs(of_losses) * by_row
         + moves * np.abs(of_loss * class_weight) * np.abs(v * by_row).sum() / np.abs(divisor),
         grad_targets=np.abs(row * (1 - s) * w) * (np.abs(log_p) + rounded),
