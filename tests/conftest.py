@@ -1,6 +1,7 @@
 """Every promise is tested on every backend; the Triton kernels run interpreted, on CPU tensors.
 
 `TRITON_INTERPRET=0 pytest -m cuda` runs the same tests with compiled kernels on a GPU.
+`FUSED_CE_TEST_SEED=1 pytest` runs them on other numbers.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is fir
 
 import pytest
 import torch
+from oracle import SEED
 
 from fused_ce import backend
 
@@ -85,6 +87,12 @@ def host_device(request):
     """The backends that read the targets before they compute."""
     with _entered(request.param) as where:
         yield where
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True)

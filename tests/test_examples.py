@@ -18,7 +18,6 @@ LOOPS = {"plain_loop": None, "accelerate_loop": "accelerate", "lightning_module"
 @pytest.fixture(autouse=True)
 def quiet_and_on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.manual_seed(0)
 
 
 def load(name, run_name="example"):
