@@ -18,6 +18,9 @@ from fused_ce import backend
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
+for name in ("FUSED_CE_BACKEND", "FUSED_CE_DEBUG"):  # what someone's shell exports is not tested
+    os.environ.pop(name, None)
+
 
 def pytest_configure(config):
     # exp2 of a large negative number and the like: meant, and silent on a GPU

@@ -20,7 +20,6 @@ HEAVY = ("triton", "transformers", "matplotlib", "tyro", "tqdm", "safetensors")
 
 def run(code, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    environment.pop("FUSED_CE_BACKEND", None)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
     )
