@@ -68,7 +68,7 @@ def test_micro_batches_move_the_weights_as_one_batch_of_them_all(name):
 
 
 def block_of_the_readme(library):
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     section = readme.partition("\n## transformers")[2].partition("\n## ")[0]
     (block,) = [
         block

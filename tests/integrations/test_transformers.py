@@ -590,7 +590,7 @@ def test_trainer_with_gradient_accumulation_makes_the_same_weights(calls, tmp_pa
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_the_example_of_the_readme_runs(calls, tmp_path):
     llama().save_pretrained(tmp_path)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     section = readme.partition("\n## transformers")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (block,) = [block for block in blocks if "transformers" in block]
