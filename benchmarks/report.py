@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n\n".join(section(records) for records in machines.values()))
     if options.readme:
         text = "\n\n".join(section(records, brief=True) for records in machines.values())
-        options.readme.write_text(replace_between_markers(options.readme.read_text(), text))
+        readme = replace_between_markers(options.readme.read_text("utf-8"), text)
+        options.readme.write_text(readme, "utf-8")
         print(f"\nwrote the tables into {options.readme}")
     if not options.no_plots:
         from benchmarks import plots  # only they need matplotlib

@@ -1,6 +1,7 @@
 """Every promise is tested on every backend; the Triton kernels run interpreted, on CPU tensors.
 
 `TRITON_INTERPRET=0 pytest -m cuda` runs the same tests with compiled kernels on a GPU.
+`FUSED_CE_TEST_SEED=1 pytest` runs them on other numbers.
 """
 
 import contextlib
@@ -10,11 +11,15 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is fir
 
 import pytest
 import torch
+from oracle import SEED
 
 from fused_ce import backend
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+for name in ("FUSED_CE_BACKEND", "FUSED_CE_DEBUG"):  # what someone's shell exports is not tested
+    os.environ.pop(name, None)
 
 
 def pytest_configure(config):
@@ -85,6 +90,12 @@ def host_device(request):
     """The backends that read the targets before they compute."""
     with _entered(request.param) as where:
         yield where
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True)

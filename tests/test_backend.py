@@ -14,11 +14,6 @@ from fused_ce.backend import BACKENDS, choose, implementation
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch):
-    monkeypatch.delenv("FUSED_CE_BACKEND", raising=False)
-
-
 @pytest.fixture
 def no_triton(monkeypatch):
     import importlib.util

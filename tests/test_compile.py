@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import random_logits, random_targets, random_weight
+from oracle import SEED, random_logits, random_targets, random_weight
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +73,7 @@ def model(fused_device):
     """Makes a model on the device."""
 
     def make(**options):
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         if isinstance(options.get("normalizer"), torch.Tensor):
             options["normalizer"] = options["normalizer"].to(fused_device)
         return Model(**options).to(fused_device)

@@ -27,7 +27,7 @@ LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 400, 60, 80
 
 def sources(*folders):
     return {
-        path.relative_to(ROOT): ast.parse(path.read_text())
+        path.relative_to(ROOT): ast.parse(path.read_text("utf-8"))
         for folder in folders
         for path in sorted((ROOT / folder).rglob("*.py"))
         if "fused_ce/kernels" not in str(path)
@@ -146,7 +146,7 @@ def test_the_reference_can_be_read_alone():
 @pytest.mark.parametrize("folder", ["fused_ce", "kernels", "benchmarks"])
 def test_a_reader_can_hold_each_file(folder):
     for path, tree in sources(folder).items():
-        n_lines = len((ROOT / path).read_text().splitlines())
+        n_lines = len((ROOT / path).read_text("utf-8").splitlines())
         assert n_lines <= LONGEST_FILE, f"{path} has {n_lines} lines"
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):

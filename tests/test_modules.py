@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import random_logits, random_targets, random_weight
+from oracle import generator, random_logits, random_targets, random_weight
 from torch import nn
 
 from fused_ce import CrossEntropyStats, FusedCrossEntropyLoss, fused_cross_entropy
@@ -174,7 +174,7 @@ def test_stats_reach_the_caller(device):
 
 def test_sample_weight_reaches_the_function_and_its_gradient_comes_back(device):
     logits, targets = batch(device)
-    factors = torch.rand(5, generator=torch.Generator().manual_seed(0)).to(device)
+    factors = torch.rand(5, generator=generator(0)).to(device)
     leaves = [factors.clone().requires_grad_() for _ in range(2)]
     loss = FusedCrossEntropyLoss()(logits, targets, sample_weight=leaves[0])
     right = fused_cross_entropy(logits, targets, sample_weight=leaves[1])
@@ -215,7 +215,6 @@ def test_inplace_and_route_reach_the_function(fused_device):
 
 
 def test_gradient_in_a_model(device):
-    torch.manual_seed(0)
     model = nn.Linear(4, CLASSES).to(device)
     inputs, targets = random_logits(5, 4, device=device), batch(device)[1]
     FusedCrossEntropyLoss()(model(inputs), targets).backward()

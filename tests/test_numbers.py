@@ -7,6 +7,7 @@ import torch
 from oracle import (
     FLOATS,
     assert_as_exact_as_torch,
+    assert_as_near,
     by_torch,
     exact,
     fused,
@@ -101,9 +102,11 @@ class TestMaskedLogits:
         losses, gradient, upstream = fused(
             logits, targets, weight, grad_in_forward=grad_in_forward, **options
         )
-        right, right_gradient = by_torch(logits, targets, weight, upstream=upstream, **options)
-        torch.testing.assert_close(losses, right, equal_nan=True)
-        torch.testing.assert_close(gradient, right_gradient, equal_nan=True, rtol=1e-4, atol=1e-6)
+        theirs = by_torch(logits, targets, weight, upstream=upstream, **options)
+        weight = None if weight is None else weight.double()
+        right = by_torch(logits.double(), targets, weight, upstream=upstream, **options)
+        assert_as_near(losses, theirs[0], right[0])
+        assert_as_near(gradient, theirs[1], right[1])
         assert losses[[0, 4, 5]].isnan().all() and not losses[[1, 6, 7]].isnan().any()
         assert losses[1] == torch.inf
 
@@ -284,18 +287,18 @@ def test_both_routes_give_the_same_numbers(fused_device, dtype, vocab_size):
 @pytest.mark.parametrize("vocab_size", [65, 1100, 9001])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 def test_smoothing_of_a_huge_logit(device, vocab_size, weighted):
-    """Its distance from where the running maximum starts overflows."""
+    """Its distance from where the running maximum starts overflows.
+
+    In a call of its own, or its loss of 1e30 would hide the others. A constant is no tolerance:
+    torch adds a row up in lanes as wide as the vectors of the CPU, and its gradient is 90 eps off
+    with AVX2, 50 with AVX-512.
+    """
+    weight = random_weight(vocab_size, device=device) if weighted else None
     logits = random_logits(3, vocab_size, device=device)
     logits[0, 5] = 1e32
     targets = random_targets(3, classes=vocab_size, device=device)
-    weight = random_weight(vocab_size, device=device) if weighted else None
-    for route in (True, False):
-        loss, gradient, upstream = fused(
-            logits, targets, weight, label_smoothing=0.1, grad_in_forward=route
-        )
-        right, right_gradient = by_torch(
-            logits.double(), targets, None if weight is None else weight.double(),
-            upstream=upstream.double(), label_smoothing=0.1,
-        )  # fmt: skip
-        torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0.0)
-        torch.testing.assert_close(gradient.double(), right_gradient, rtol=1e-5, atol=1e-7)
+    for rows in (slice(0, 1), slice(1, 3)):
+        for route in (True, False):
+            assert_as_exact_as_torch(
+                logits[rows], targets[rows], weight, label_smoothing=0.1, grad_in_forward=route
+            )

@@ -20,7 +20,6 @@ HEAVY = ("triton", "transformers", "matplotlib", "tyro", "tqdm", "safetensors")
 
 def run(code, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    environment.pop("FUSED_CE_BACKEND", None)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
     )
@@ -98,7 +97,7 @@ def test_nothing_of_torch_is_patched():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_bare_assert_answers_a_user(path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text("utf-8"))
     lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert not lines
 
@@ -109,7 +108,7 @@ def test_kernels_never_ask_the_device(path):
     forbidden = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
     calls = [
         node.func.attr
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     ]
     assert not forbidden & set(calls)
@@ -117,7 +116,7 @@ def test_kernels_never_ask_the_device(path):
 
 def test_kernels_know_no_autograd_and_raise_nothing():
     for path in (ROOT / "kernels").glob("*.py"):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text("utf-8"))
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Raise)], path
         assert "autograd" not in {
             part
@@ -135,21 +134,22 @@ def test_kernels_install_inside_the_package():
 
 @pytest.mark.parametrize("name", ["differences.md", "pytorch.md"])
 def test_pages_name_tests_that_exist(name):
-    page = (ROOT / "docs" / name).read_text()
+    page = (ROOT / "docs" / name).read_text("utf-8")
     named, file = [], None
     for first, test in re.findall(r"`(?:tests/)?([\w/]+\.py)?::(test_\w+)`", page):
         file = first or file  # `::test` is in the file named before
         named.append((file, test))
     assert len(named) > 30
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{file}::{test}"
     rows = [line for line in page.splitlines() if line.startswith("| ") and "| test |" not in line]
     assert all("::test_" in row for row in rows)
 
 
 def test_the_examples_of_the_readme_run():
     """Those of its section "Use"; the libraries' are with the tests of those."""
-    section = (ROOT / "README.md").read_text().partition("\n## Use\n")[2].partition("\n## ")[0]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = readme.partition("\n## Use\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 5
     generator = torch.Generator().manual_seed(0)

@@ -76,10 +76,14 @@ def wait(pids, status=0):
 
 def wait_for_rows(folder, n):
     """Wait until the log of a run has n lines."""
+    log = folder / "log.jsonl"
+    wait_until(
+        lambda: log.exists() and len(log.read_bytes().splitlines()) >= n, f"{n} lines in {log}"
+    )
+
+
+def wait_until(condition, what):
     deadline = time.monotonic() + DEADLINE_S
-    while (
-        not (folder / "log.jsonl").exists()
-        or len((folder / "log.jsonl").read_bytes().splitlines()) < n
-    ):
-        assert time.monotonic() < deadline, f"no {n} lines in {folder / 'log.jsonl'}"
-        time.sleep(0.005)
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.001)

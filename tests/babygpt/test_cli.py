@@ -150,7 +150,7 @@ def test_evaluation_on_another_text_uses_the_vocabulary_of_the_run(babygpt, fold
     other = tmp_path / "other.txt"
     other.write_text("a lazy fox jumps over the dog " * 20)
     assert "600 characters" in babygpt("eval", "--checkpoint", folder, "--data", other)[1]
-    other.write_text("a lazy fox über the ☃ " * 20)
+    other.write_text("a lazy fox über the ☃ " * 20, "utf-8")
     status, _, err = babygpt("eval", "--checkpoint", folder, "--data", other)
     assert status == 1 and "'ü' (U+00FC), '☃' (U+2603)" in err
 

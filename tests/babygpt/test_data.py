@@ -113,10 +113,10 @@ def test_what_was_prepared_is_described(text_file, cache, kind):
 
 def test_large_vocabularies_are_stored_in_32_bits(tmp_path, cache):
     path = tmp_path / "text.txt"
-    path.write_text("".join(chr(0x10000 + c) for c in range(2**16 + 1)))
+    path.write_text("".join(chr(0x10000 + c) for c in range(2**16 + 1)), "utf-8")
     dataset = load_dataset(str(path))
     assert dataset.splits["val"].dtype == np.uint32 and dataset.splits["val"][-1] == 2**16
-    assert decoded(load_dataset(str(path))) == path.read_text()
+    assert decoded(load_dataset(str(path))) == path.read_text("utf-8")
 
 
 def test_a_text_is_encoded_once(text_file, kind, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_text_is_encoded_by_a_tokenizer_that_exists(text_file, tmp_path):
     other.write_text("a lazy fox " * 20)
     dataset = load_dataset(str(other), tokenizer)
     assert dataset.tokenizer is tokenizer and decoded(dataset) == other.read_text()
-    other.write_text("☃" + "a lazy fox " * 20 + "ü")
+    other.write_text("☃" + "a lazy fox " * 20 + "ü", "utf-8")
     with pytest.raises(UserError, match=r"'ü' \(U\+00FC\), '☃' \(U\+2603\)"):
         load_dataset(str(other), tokenizer)  # one in each split
 

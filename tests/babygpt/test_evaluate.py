@@ -20,7 +20,6 @@ SPLITS = {
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
     return BabyGPT(ModelConfig(V, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
 
 

@@ -13,7 +13,6 @@ LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.15, 0.3, 0.1]]))
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
     model = BabyGPT(ModelConfig(V, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.5))
     torch.nn.init.normal_(model.head.weight)
     return model

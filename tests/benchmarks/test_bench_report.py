@@ -84,7 +84,7 @@ def test_readme_is_replaced_between_its_markers(made, tmp_path, capsys):
     arguments = ["--results", str(tmp_path), "--readme", str(readme), "--no-plots"]
     for _ in range(2):  # the second time changes nothing
         assert report.main(arguments) == 0
-        text = readme.read_text()
+        text = readme.read_text("utf-8")
         assert text.startswith(f"before\n{report.BEGIN}\n**a machine**")
         assert text.endswith(f"|\n{report.END}\nafter\n") or "- quack" in text
         assert "old" not in text and text.count("| 1,000 | 2.00 |") == 1
@@ -123,7 +123,7 @@ def test_plots_are_drawn(made, tmp_path):
     names = {f"a-machine-{name}.{kind}" for name in ("bandwidth", "memory", "speed-up")
              for kind in ("png", "svg")}  # fmt: skip
     assert {path.name for path in paths} == names == {path.name for path in tmp_path.iterdir()}
-    assert "fused_ce" in (tmp_path / "a-machine-memory.svg").read_text()
+    assert "fused_ce" in (tmp_path / "a-machine-memory.svg").read_text("utf-8")
 
 
 def test_committed_results_have_the_fields_and_come_from_runs():
