@@ -69,8 +69,7 @@ def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:
     # back through 0 * NaN in the gradient.
     logits = logits.masked_fill(ignored[:, None], 0.0)
     logits = transformed(logits, options)
-    log_probs = logits.log_softmax(dim=-1)
-    lse = log_sum_exp(logits)
+    log_probs, lse = log_softmax_and_lse(logits)
 
     if rows.has_probabilities:
         losses = losses_of_probabilities(log_probs, rows.targets, weight, options)
@@ -106,12 +105,18 @@ def transformed(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
     return logits
 
 
-def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """Of each row. Not logsumexp, whose gradient exp(logits - lse) has lost its digits at a common
-    offset."""
-    largest = logits.detach().amax(dim=-1)
-    largest = largest.masked_fill(largest.isinf(), 0.0)
-    return largest + (logits - largest[:, None]).exp().sum(dim=-1).log()
+def log_softmax_and_lse(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row, by torch's plain sums.
+
+    Not log_softmax, whose gradient adds a row up in the lanes of a vector: of 9,001 classes it is
+    90 eps off on a CPU with AVX2. Not logsumexp, whose gradient exp(logits - lse) has lost its
+    digits at a common offset.
+    """
+    largest = logits.detach().amax(dim=-1, keepdim=True)
+    shifted = logits - largest
+    log_sum = shifted.exp().sum(dim=-1, keepdim=True).log()
+    lse = torch.where(largest.isinf(), largest, largest + log_sum)
+    return shifted - log_sum, lse.squeeze(-1)
 
 
 def losses_of_classes(

@@ -1181,7 +1181,7 @@ ERRORS = [
     refused(ValueError, "dim", None, ["probabilities", "dim=1 or dim=-1", "(2, 3, 4)"],
             y=torch.zeros(2, 3, 4), logits=torch.zeros(2, 3, 4)),
     refused(ValueError, "dim", 2, ["(4, 5)", "dim=2"], y=SOFT),
-    refused(TypeError, "weight", None, ["probabilities", "(4, 5)", "float32", "(4, 4)"],
+    refused(ValueError, "weight", None, ["probabilities", "(4, 5)", "float32", "(4, 4)"],
             y=torch.zeros(4, 4)),
     refused(TypeError, "weight", None, ["class indices", "probabilities", "complex64"],
             y=SOFT.to(torch.complex64)),
