@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_ce.babygpt.atomic import atomic_file
-from fused_ce.babygpt.corpora import cache_folder, read_text, text_sha256, writing_cache
+from fused_ce.babygpt.corpora import NAMES, cache_folder, read_text, text_sha256, writing_cache
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.tokenizer import (
     BPETokenizer,
@@ -63,6 +64,25 @@ def load_dataset(
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not whole
         _encode(data, text, folder, sha256, tokenizer)
         return _open(folder, sha256, tokenizer)
+
+
+def absolute(data: str) -> str:
+    """Return what --data names in a way that means the same from any folder."""
+    corpus, colon, path = data.partition(":")
+    if data in NAMES:
+        return data
+    if colon and corpus in NAMES:
+        return f"{corpus}:{os.path.abspath(path)}"
+    return os.path.abspath(data)
+
+
+def require_text_of_run(data: str) -> None:
+    """Raise UserError if the text that a run was trained on is gone: nobody named it just now."""
+    if data.partition(":")[0] not in NAMES and not os.path.exists(data):
+        raise UserError(
+            f"the run was trained on {data}, which does not exist"
+            f"{'' if os.path.isabs(data) else ' here'}: --data says where it is now"
+        )
 
 
 def split_text(text: str) -> dict[str, str]:

@@ -104,7 +104,10 @@ def evaluate(config: EvalConfig) -> None:
     """
     device = resolve_device(config.device)
     model, tokenizer, saved = load_model(config.checkpoint)
-    data = config.data if config.data is not None else saved["config"]["data"]
+    data = config.data
+    if data is None:
+        data = saved["config"]["data"]
+        batches.require_text_of_run(data)
     text = read_text(data)
     is_own = text_sha256(text) == saved["corpus_sha256"]
     split = config.split or ("val" if is_own else "all")

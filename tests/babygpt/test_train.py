@@ -25,8 +25,9 @@ from fused_ce.babygpt.distributed import World
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import BabyGPT
 from fused_ce.babygpt.record import Record, TensorBoard
+from fused_ce.babygpt.run import Run
 from fused_ce.babygpt.sample import stream
-from fused_ce.babygpt.train import Run, train
+from fused_ce.babygpt.train import train
 from tests.babygpt.processes import fork, wait, wait_for_rows
 
 
@@ -60,7 +61,7 @@ def test_every_step_is_logged_on_request(config):
     assert [row["step"] for row in steps] == list(range(1, 21))
     assert all(row["loss"] > 0 and row["seconds"] > 0 for row in steps)
     logged = config.out
-    train(replace(config, log_steps=False))
+    train(replace(config, log_steps=False, max_steps=1, overwrite=True))
     assert not (logged / "steps.jsonl").exists()  # it belonged to the run that was replaced
 
 
@@ -215,7 +216,7 @@ def test_a_new_run_replaces_an_old_one(config, capsys):
     train(config)
     before = weights(config.out)
     (config.out / "note.txt").write_text("mine")
-    train(replace(config, max_steps=10, seed=3))
+    train(replace(config, max_steps=10, seed=3, overwrite=True))
     assert "replacing the run" in capsys.readouterr().out
     assert [row["step"] for row in rows(config.out)] == [0, 10]
     assert load_checkpoint(config.out / "best.pt")["config"]["seed"] == 3
@@ -227,7 +228,7 @@ def test_an_old_run_survives_a_new_one_that_cannot_begin(config):
     train(config)
     before = weights(config.out)
     with pytest.raises(UserError, match="--block-size 400 needs at least 401 characters"):
-        train(replace(config, block_size=400))
+        train(replace(config, block_size=400, overwrite=True))
     assert weights(config.out) == before
 
 
@@ -402,7 +403,7 @@ def test_numerical_switches_hold_during_the_run_alone(config, monkeypatch):
 
     monkeypatch.setattr(Run, "advance", observe)
     train(replace(config, max_steps=1))
-    train(replace(config, max_steps=1, deterministic=True, tf32=True))
+    train(replace(config, max_steps=1, deterministic=True, tf32=True, overwrite=True))
     assert seen == [(False, "highest"), (True, "high")]
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
