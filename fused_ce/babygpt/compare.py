@@ -47,7 +47,8 @@ def compare(config: CompareConfig) -> bool:
     print(f"\n{format_table(summary['losses'])}")
     with dispensable("compare.png was not drawn"):
         plot_comparison(runs, summary["losses"], config, folder / "compare.png")
-    print(f"\n{folder}: compare.json, compare.png, {', '.join(f'{loss}/' for loss in runs)}")
+    files = [name for name in COMPARISON_FILES if (folder / name).exists()]
+    print(f"\n{folder}: {', '.join([*files, *(f'{loss}/' for loss in runs)])}")
     return True
 
 

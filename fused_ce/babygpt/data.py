@@ -53,7 +53,7 @@ def load_dataset(
         UserError: the text cannot be had, has characters unknown to a tokenizer that exists, or
             the cache cannot be written.
     """
-    text = read_text(data)
+    text = load_text(data)
     sha256 = text_sha256(text)
     if isinstance(tokenizer, str):
         tokenizer = _tokenizer(tokenizer, text, sha256, bpe_vocab_size)
@@ -64,6 +64,21 @@ def load_dataset(
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not whole
         _encode(data, text, folder, sha256, tokenizer)
         return _open(folder, sha256, tokenizer)
+
+
+def load_text(data: str) -> str:
+    """Return the text of a corpus or file, without the byte-order mark that an editor put first.
+
+    Raises:
+        UserError: the text cannot be had, or nowhere is a cache for it.
+    """
+    try:
+        cache_folder()
+    except RuntimeError:  # no HOME, and a user without an entry in passwd
+        raise UserError(
+            "there is no home folder for the cache: FUSED_CE_CACHE can name a folder"
+        ) from None
+    return read_text(data).removeprefix("\ufeff")
 
 
 def absolute(data: str) -> str:

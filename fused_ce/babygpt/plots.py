@@ -6,10 +6,12 @@ where there is no display.
 
 import math
 import os
+import sys
 from pathlib import Path
 
 from fused_ce.babygpt.atomic import atomic_file
-from fused_ce.babygpt.config import CompareConfig
+from fused_ce.babygpt.config import CompareConfig, TrainConfig
+from fused_ce.babygpt.corpora import NAMES
 from fused_ce.babygpt.folder import MARK
 from fused_ce.babygpt.record import differences
 from fused_ce.babygpt.tokenizer import TOKENIZERS
@@ -17,15 +19,16 @@ from fused_ce.babygpt.tokenizer import TOKENIZERS
 SMALLEST_DIFFERENCE = 1e-7  # nats; below it the axis of the differences is linear, so as to show 0
 
 
-def plot_losses(rows: list[dict], unit: str, title: str, path: Path) -> None:
-    """Draw the train and validation losses of the rows, in nats per unit, as a PNG."""
+def plot_losses(rows: list[dict], config: TrainConfig, path: Path) -> None:
+    """Draw the train and validation losses of the rows as a PNG."""
     figure = _new_figure(7, 4.5)
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     for split in ("train", "val"):
         losses = [row[split] for row in rows]
         axes.plot(steps, losses, marker=".", label=f"{split}, {losses[-1]:.3f} at the end")
-    axes.set(title=title, xlabel="step", ylabel=f"loss (nats per {unit})")
+    unit = TOKENIZERS[config.tokenizer].unit
+    axes.set(title=_title(config), xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -42,7 +45,7 @@ def plot_comparison(
     axes = figure.subplot_mosaic(
         [["curves", "time"], ["differences", "memory"]], width_ratios=(2.6, 1)
     )
-    figure.suptitle(f"BabyGPT {config.preset} on {Path(config.data).name}")
+    figure.suptitle(_title(config))
     _draw_curves(axes["curves"], runs, TOKENIZERS[config.tokenizer].unit)
     _draw_differences(axes["differences"], runs)
     for name, key, size, title in (
@@ -52,11 +55,17 @@ def plot_comparison(
         values = [of[key] / size for of in measured.values()]
         colours = [f"C{i}" for i in range(len(measured))]
         bars = axes[name].bar(list(measured), values, color=colours)
-        axes[name].bar_label(bars, fmt="{:,.1f}")
+        axes[name].bar_label(bars, fmt="{:,.0f}" if max(values) >= 1000 else "{:,.1f}")
         axes[name].set_title(title, fontsize="medium")
         axes[name].yaxis.set_major_formatter("{x:,.0f}" if max(values) >= 10 else "{x:g}")
         axes[name].margins(y=0.15)
     _save(figure, path)
+
+
+def _title(config: TrainConfig) -> str:
+    corpus = config.data.partition(":")[0]
+    name = corpus if corpus in NAMES else Path(config.data).name
+    return f"BabyGPT {config.preset} on {name}".replace("$", r"\$")  # no formula
 
 
 def _draw_curves(axes, runs: dict[str, dict[str, list[dict]]], unit: str) -> None:
@@ -116,6 +125,8 @@ def _new_figure(width: float, height: float):
         import matplotlib  # noqa: F401
     except ValueError:
         backend = os.environ.pop("MPLBACKEND", None)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # half of it, which would stay so
         try:
             import matplotlib  # noqa: F401
         finally:

@@ -249,7 +249,7 @@ def _describe(run: Run) -> None:
 
 def _finish(run: Run, record: Record, state: dict[str, Any], finished: bool) -> None:
     """Write the weights, and show what the run has come to; its checkpoint is saved already."""
-    folder, unit = run.config.folder, run.dataset.tokenizer.unit
+    folder = run.config.folder
     model = BabyGPT(run.model.config)  # one that is whole, and neither shared nor compiled
     if finished:
         model.load_state_dict(state["model"])
@@ -259,8 +259,7 @@ def _finish(run: Run, record: Record, state: dict[str, Any], finished: bool) -> 
             file.write(weights)
     if record.rows:
         with dispensable("loss.png was not drawn"):
-            title = f"BabyGPT {run.config.preset} on {Path(run.config.data).name}"
-            plot_losses(record.rows, unit, title, folder / "loss.png")
+            plot_losses(record.rows, run.config, folder / "loss.png")
     if not finished:
         print(f"stopped at step {run.step}; --resume continues from {folder / 'last.pt'}")
         return
