@@ -205,27 +205,13 @@ def test_the_newest_checkpoint_counts_not_its_name(config):
     assert newest_checkpoint(config.out)[0]["step"] == 10
 
 
-def test_a_run_does_not_continue_on_another_text(config, text_file):
-    train(config)
+def test_a_run_does_not_continue_on_another_text(config, folder, text_file):
     text_file.write_text(text_file.read_text()[::-1])
     with pytest.raises(UserError, match="not what the run began with"):
         train(replace(config, max_steps=30), newest_checkpoint(config.out)[0])
 
 
-def test_a_new_run_replaces_an_old_one(config, capsys):
-    train(config)
-    before = weights(config.out)
-    (config.out / "note.txt").write_text("mine")
-    train(replace(config, max_steps=10, seed=3, overwrite=True))
-    assert "replacing the run" in capsys.readouterr().out
-    assert [row["step"] for row in rows(config.out)] == [0, 10]
-    assert load_checkpoint(config.out / "best.pt")["config"]["seed"] == 3
-    assert weights(config.out) != before
-    assert (config.out / "note.txt").exists()
-
-
-def test_an_old_run_survives_a_new_one_that_cannot_begin(config):
-    train(config)
+def test_an_old_run_survives_a_new_one_that_cannot_begin(config, folder):
     before = weights(config.out)
     with pytest.raises(UserError, match="--block-size 400 needs at least 401 characters"):
         train(replace(config, block_size=400, overwrite=True))
@@ -254,18 +240,16 @@ def test_clip_bounds_the_norm_of_the_gradient(config):
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_curve_is_a_picture(config):
+def test_the_curve_is_a_picture(config, folder):
     matplotlib_image = pytest.importorskip("matplotlib.image")
-    train(config)
     pixels = matplotlib_image.imread(config.out / "loss.png")
     assert min(pixels.shape[:2]) > 300
     assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, pixels.shape[2])}) > 2
 
 
-def test_the_weights_are_those_of_the_last_step(config):
+def test_the_weights_are_those_of_the_last_step(config, folder):
     from safetensors.torch import load_file
 
-    train(config)
     saved = load_checkpoint(config.out / "last.pt")["model"]
     loaded = load_file(config.out / "weights.safetensors")
     assert loaded.keys() == saved.keys()
@@ -442,12 +426,14 @@ def test_a_padded_vocabulary_trains_and_is_never_drawn(config, capsys):
     stream(model, tokenizer, "", 50, temperature=100.0, seed=0)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(config, flags, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(config, folder, tmp_path):
     def fill_the_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        return main(["train", "--resume", "--out", str(config.out), "--max-steps", "30"])
+        return main(
+            ["train", "--resume", "--out", str(config.out), "--max-steps", "30"]
+            + ["--data", config.data]
+        )
 
-    train(config)
     wait([fork(fill_the_disk, tmp_path / "printed")], status=1)
     printed = (tmp_path / "printed").read_text()
     assert re.search("^error: .*File too large$", printed, re.MULTILINE)
