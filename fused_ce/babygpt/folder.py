@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 import safetensors
@@ -10,6 +11,7 @@ import safetensors
 from fused_ce.babygpt.checkpoint import load_checkpoint
 from fused_ce.babygpt.errors import CheckpointError, UserError
 from fused_ce.babygpt.record import read_rows
+from fused_ce.babygpt.surroundings import warn
 
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "loss.png", "weights.safetensors")
 OPTIONAL_FILES = ("steps.jsonl",)
@@ -48,6 +50,19 @@ def refuse_foreign(paths: Iterable[Path]) -> None:
             f"{path} is in the way: it is not, or no longer, a file of a run of BabyGPT, and is "
             "never replaced; move it, or choose another --out"
         )
+
+
+def set_aside_foreign(folder: Path) -> None:
+    """Rename what has the name of a checkpoint and is none, before a run that goes on writes it."""
+    for path in (folder / name for name in CHECKPOINTS):
+        if os.path.lexists(path) and not is_ours(path):
+            kept = next(
+                kept
+                for kept in (folder / f"{path.name}.damaged{n or ''}" for n in count())
+                if not os.path.lexists(kept)
+            )
+            path.rename(kept)
+            warn(f"{path} is kept as {kept.name}")
 
 
 def is_ours(path: Path) -> bool:

@@ -27,6 +27,7 @@ from fused_ce.babygpt.folder import (
     is_ours,
     refuse_foreign,
     remove_temporary,
+    set_aside_foreign,
 )
 from fused_ce.babygpt.model import BabyGPT
 from fused_ce.babygpt.plots import plot_losses
@@ -68,6 +69,8 @@ def train(config: TrainConfig, saved: dict[str, Any] | None = None) -> bool:
         logs = None
         if here.is_main:
             _make_room(config.folder, replaced)
+            if saved is not None:
+                set_aside_foreign(config.folder)
             logs = _open_logs(config, None if saved is None else run.step)
             _describe(run)
         with interruptible(lambda: _ask_to_stop(run)):
@@ -87,7 +90,7 @@ def _claim(config: TrainConfig, saved: dict[str, Any] | None, here: World) -> li
         try:
             if saved is None:
                 replaced = claim(config.folder, files, overwrite=config.overwrite)
-            else:  # a damaged checkpoint is mended by the run that goes on
+            else:  # a damaged checkpoint is set aside by the run that goes on
                 others = [config.folder / name for name in files if name not in CHECKPOINTS]
                 refuse_foreign(path for path in others if path.exists() and not is_ours(path))
         except UserError as error:
