@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def strict(line):
     return json.loads(line, parse_constant=refuse)
 
 
-def test_a_log_is_json_after_a_divergence(short, monkeypatch):
+def test_a_log_is_json_after_a_divergence(short, monkeypatch, capsys):
     config = replace(short, log_steps=True, max_steps=4)
     evaluate = train_module._evaluate
 
@@ -236,6 +237,8 @@ def test_a_log_is_json_after_a_divergence(short, monkeypatch):
 
     monkeypatch.setattr(train_module, "_evaluate", diverged)
     assert train(config)
+    out, err = capsys.readouterr()
+    assert re.search(r"best val 3\.\d+ at step 0", out) and "warning" not in err
     lines = (config.out / "log.jsonl").read_text().splitlines()
     assert [strict(line)["val"] is None for line in lines] == [False, True, True]
     rows = read_rows(config.out / "log.jsonl")
