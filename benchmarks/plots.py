@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import tables
@@ -37,12 +35,11 @@ def draw(machines: dict[str, list[Record]], folder: Path) -> list[Path]:
         if not panels:
             continue
         for name, paint, unit in PLOTS:
-            with plt.rc_context(STYLE):
+            with rc_context(STYLE):
                 figure = _figure(panels, paint, unit, records[0])
                 for suffix, metadata in (("png", None), ("svg", {"Date": None})):
                     paths.append(folder / f"{machine}-{name}.{suffix}")
                     figure.savefig(paths[-1], dpi=144, metadata=metadata)
-                plt.close(figure)
     return paths
 
 
@@ -59,10 +56,10 @@ def _series(records: list[Record], dtype: str) -> list[tables.Case]:
 
 def _figure(panels, paint, unit, first):
     width = max(len(cases) for cases in panels.values())
-    figure, axes = plt.subplots(
-        1, len(panels), squeeze=False, sharey=True, layout="constrained",
-        figsize=(1.0 + len(panels) * max(3.6, 0.75 * width), 3.8),
-    )  # fmt: skip
+    figsize = (1.0 + len(panels) * max(3.6, 0.75 * width), 3.8)
+    figure = Figure(figsize=figsize, layout="constrained")
+    FigureCanvasAgg(figure)  # no global backend, no display
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     handles = {}
     for axis, (dtype, cases) in zip(axes[0], panels.items(), strict=True):
         paint(axis, cases)

@@ -6,7 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from fused_ce.babygpt.config import CompareConfig, EvalConfig, SampleConfig, Tra
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.evaluate import evaluate
 from fused_ce.babygpt.sample import sample
+from fused_ce.babygpt.surroundings import prepare_process, say, warn
 from fused_ce.babygpt.train import train
 
 # What may differ when a run is continued; any other change would make it another run.
@@ -45,19 +47,20 @@ class _Start:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a model's characters
     try:
+        prepare_process()
         status = _run(args)
         sys.stdout.flush()  # a reader that is gone shows here, not when Python exits
         return status
     except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):  # it may be no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
         _report(str(error))
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
 
 
@@ -69,7 +72,7 @@ def _report(mistake: str) -> None:
     if LOCAL_RANK:
         time.sleep(PATIENCE_S)
     process = f"process {RANK}: " if RANK else ""
-    print(f"error: {process}{mistake}", file=sys.stderr, flush=True)
+    say(f"error: {process}{mistake}")
 
 
 def _parse(*args: Any, **kwargs: Any) -> Any:
@@ -81,14 +84,39 @@ def _parse(*args: Any, **kwargs: Any) -> Any:
             return tyro.cli(*args, **kwargs)
     except SystemExit as stop:
         if stop.code:
-            # tyro draws a box with a title: what is wrong, a rule, and then advice
-            lines = [line.strip("│ ") for line in errors.getvalue().splitlines()]
-            rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-            _report(" ".join(lines[1:rule]).rstrip(".") + " (see --help)")
+            _report(_complaint(errors.getvalue()) + " (see --help)")
         raise
 
 
+def _complaint(box: str) -> str:
+    """Return what is wrong from tyro's box, which has a title, what is wrong, a rule, and advice.
+
+    A terminal that lacks the characters of a frame gets rules of hyphens above and below.
+    """
+
+    def is_rule(line: str) -> bool:
+        return bool(line) and set(line) <= set("─-╭╮╰╯")
+
+    lines = (line.strip("│ ") for line in box.splitlines()[1:])
+    lines = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines))
+    return " ".join(lines).strip().rstrip(".")
+
+
+def _given(args: list[str], flag: str) -> list[str]:
+    """Return the values of a flag as they are typed.
+
+    What tyro makes of them does not tell "" from the current folder, or the text None from nothing.
+    """
+    return [
+        *(value for word, value in zip(args, args[1:], strict=False) if word == flag),
+        *(word.removeprefix(f"{flag}=") for word in args if word.startswith(f"{flag}=")),
+    ]
+
+
 def _run(args: list[str]) -> int:
+    for flag in ("--out", "--checkpoint", "--data"):
+        if any(not value.strip() for value in _given(args, flag)):
+            raise UserError(f"{flag} is empty: is a variable of the shell not set?")
     defaults, saved, compared = TrainConfig(), None, CompareConfig()
     if args[:1] == ["train"]:
         defaults, saved = _train_defaults(args[1:])
@@ -104,6 +132,8 @@ def _run(args: list[str]) -> int:
         description="BabyGPT: a small GPT that trains on the project's own cross-entropy.",
     )
     if isinstance(command, SampleConfig):
+        if command.stop is None and _given(args, "--stop"):
+            command = replace(command, stop=_given(args, "--stop")[-1])
         sample(command)
     elif isinstance(command, EvalConfig):
         evaluate(command)
@@ -128,7 +158,7 @@ def _train_defaults(args: list[str]) -> tuple[TrainConfig, dict[str, Any] | None
     folder = start.out or preset(start.preset or "quick").folder
     saved, problems = newest_checkpoint(folder)
     for problem in problems if RANK == 0 else ():
-        print(f"warning: {problem}; continuing from step {saved['step']}", file=sys.stderr)
+        warn(f"{problem}; continuing from step {saved['step']}")
     return config_from_plain(saved["config"], folder), saved
 
 

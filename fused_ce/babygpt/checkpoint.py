@@ -10,6 +10,7 @@ import torch
 
 from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.config import ModelConfig, TrainConfig
+from fused_ce.babygpt.data import absolute
 from fused_ce.babygpt.errors import CheckpointError
 from fused_ce.babygpt.model import BabyGPT
 from fused_ce.babygpt.tokenizer import Tokenizer, make_tokenizer
@@ -69,9 +70,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def config_to_plain(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings as strings and numbers, without where the run lies."""
+    """Return the settings as strings and numbers, without where the run lies.
+
+    The text is named so that it is found from any folder.
+    """
     plain = asdict(config)
-    del plain["out"], plain["resume"]
+    del plain["out"], plain["resume"], plain["overwrite"]
+    plain["data"] = absolute(config.data)
     plain["decay_steps"] = config.decay_end  # a larger --max-steps leaves the schedule alone
     return plain
 
@@ -104,15 +109,20 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return max(states, key=lambda state: state["step"]), problems
 
 
-def load_model(folder: Path) -> tuple[BabyGPT, Tokenizer, dict[str, Any]]:
-    """Return the model of best.pt, else of last.pt, its tokenizer, and the whole state.
+def load_model(checkpoint: Path) -> tuple[BabyGPT, Tokenizer, dict[str, Any]]:
+    """Return the model of a checkpoint, its tokenizer, and the whole state.
+
+    Args:
+        checkpoint: the file, or the folder of a run: best.pt is read, else last.pt.
 
     Raises:
-        CheckpointError: neither is there, or the one that would be used is damaged.
+        CheckpointError: there is none, or the one that would be used is damaged.
     """
-    paths = [path for path in (folder / "best.pt", folder / "last.pt") if path.exists()]
+    paths = [path for path in (checkpoint / "best.pt", checkpoint / "last.pt") if path.exists()]
+    if checkpoint.is_file():
+        paths = [checkpoint]
     if not paths:
-        raise CheckpointError(f"there is no checkpoint in {folder}: no best.pt, no last.pt")
+        raise CheckpointError(f"there is no checkpoint in {checkpoint}: no best.pt, no last.pt")
     state = load_checkpoint(paths[0])
     try:
         model = BabyGPT(ModelConfig(**state["model_config"]))

@@ -1,6 +1,6 @@
 """The same run with one loss and with another: do the curves coincide, and what does each cost?"""
 
-import json
+import math
 import multiprocessing
 import sys
 from dataclasses import fields
@@ -11,7 +11,10 @@ from typing import Any
 from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.config import CompareConfig, TrainConfig
 from fused_ce.babygpt.errors import UserError
-from fused_ce.babygpt.record import read_rows
+from fused_ce.babygpt.folder import COMPARISON_FILES, OPTIONAL_FILES, RUN_FILES, claim
+from fused_ce.babygpt.plots import plot_comparison
+from fused_ce.babygpt.record import differences, read_rows, to_json
+from fused_ce.babygpt.surroundings import dispensable, prepare_process
 from fused_ce.babygpt.train import train
 
 
@@ -29,6 +32,7 @@ def compare(config: CompareConfig) -> bool:
         KeyboardInterrupt: a run was stopped by Ctrl-C.
     """
     folder = config.folder
+    _claim(config)
     for loss in config.losses:
         print(f"=== {loss} loss", flush=True)
         if not _train_in_a_process(_run_config(config, loss)):
@@ -39,11 +43,23 @@ def compare(config: CompareConfig) -> bool:
         "losses": {loss: _measure(run, runs[config.losses[0]]) for loss, run in runs.items()},
     }
     with atomic_file(folder / "compare.json") as file:
-        file.write(json.dumps(summary, indent=1).encode())
-    plot_comparison(runs, summary["losses"], folder / "compare.png")
+        file.write(to_json(summary, indent=1))
     print(f"\n{format_table(summary['losses'])}")
-    print(f"\n{folder}: compare.json, compare.png, {', '.join(f'{loss}/' for loss in runs)}")
+    with dispensable("compare.png was not drawn"):
+        plot_comparison(runs, summary["losses"], config, folder / "compare.png")
+    files = [name for name in COMPARISON_FILES if (folder / name).exists()]
+    print(f"\n{folder}: {', '.join([*files, *(f'{loss}/' for loss in runs)])}")
     return True
+
+
+def _claim(config: CompareConfig) -> None:
+    """Refuse, or make room, before the first run begins rather than after the last."""
+    rules = {"overwrite": config.overwrite, "resumable": False}
+    replaced = claim(config.folder, COMPARISON_FILES, **rules)
+    for loss in config.losses:
+        claim(config.folder / loss, (*RUN_FILES, *OPTIONAL_FILES), **rules)
+    for path in replaced:
+        path.unlink()
 
 
 def _run_config(config: CompareConfig, loss: str) -> TrainConfig:
@@ -56,7 +72,7 @@ def _run_config(config: CompareConfig, loss: str) -> TrainConfig:
 
 def _plain(config: CompareConfig) -> dict[str, Any]:
     """Return the settings that the runs share, as strings and numbers."""
-    own = ("loss", "losses", "out", "resume", "log_steps")
+    own = ("loss", "losses", "out", "resume", "overwrite", "log_steps")
     names = [field.name for field in fields(config) if field.name not in own]
     return {name: getattr(config, name) for name in names}
 
@@ -75,6 +91,7 @@ def _train_in_a_process(config: TrainConfig) -> bool:
 
 def _train(config: TrainConfig) -> None:
     try:
+        prepare_process()
         finished = train(config)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -97,17 +114,17 @@ def _measure(run: dict[str, list[dict]], reference: dict[str, list[dict]]) -> di
         "peak_memory_bytes": last["peak_memory_bytes"],
         "train": last["train"],
         "val": last["val"],
-        "largest_step_difference": max(differences(run["steps"], reference["steps"], "loss")),
-        "largest_difference": max(
-            *differences(run["log"], reference["log"], "train"),
-            *differences(run["log"], reference["log"], "val"),
+        "largest_step_difference": _largest(differences(run["steps"], reference["steps"], "loss")),
+        "largest_difference": _largest(
+            differences(run["log"], reference["log"], "train")
+            + differences(run["log"], reference["log"], "val")
         ),
     }
 
 
-def differences(rows: list[dict], others: list[dict], name: str) -> list[float]:
-    """Return how far two curves are apart at each step."""
-    return [abs(row[name] - other[name]) for row, other in zip(rows, others, strict=True)]
+def _largest(values: list[float]) -> float:
+    """Return the maximum, NaN if one is: Python's own depends on their order."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def format_table(measured: dict[str, dict[str, float]]) -> str:
@@ -128,55 +145,3 @@ def format_table(measured: dict[str, dict[str, float]]) -> str:
             f"{of['largest_step_difference']:.1e} in the steps"
         )
     return "\n".join(lines)
-
-
-def plot_comparison(
-    runs: dict[str, dict[str, list[dict]]], measured: dict[str, dict[str, float]], path: Path
-) -> None:
-    """Draw the curves, how far they are apart, step times and memory as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["curves", "time"], ["differences", "memory"]], width_ratios=(2.2, 1)
-    )
-    first, *others = runs
-    styles = ("-", "--", ":")  # curves that coincide show below each other
-    for i, (loss, run) in enumerate(runs.items()):
-        steps = [row["step"] for row in run["log"]]
-        style = {"color": f"C{i}", "linestyle": styles[i], "linewidth": 4 - 1.2 * i}
-        axes["curves"].plot(steps, [row["val"] for row in run["log"]], label=loss, **style)
-    axes["curves"].set(xlabel="step", ylabel="val loss (nats per token)")
-    axes["curves"].legend()
-    for i, loss in enumerate(others, start=1):
-        run, reference = runs[loss], runs[first]
-        axes["differences"].plot(
-            [row["step"] for row in run["steps"]],
-            differences(run["steps"], reference["steps"], "loss"),
-            color=f"C{i}", linewidth=0.7, label=f"{loss}, loss of each step",
-        )  # fmt: skip
-        axes["differences"].plot(
-            [row["step"] for row in run["log"]],
-            differences(run["log"], reference["log"], "val"),
-            color=f"C{i}", marker="o", linestyle="none", label=f"{loss}, val",
-        )  # fmt: skip
-    axes["differences"].set_yscale("symlog", linthresh=1e-7)
-    axes["differences"].set_ylim(bottom=0)
-    axes["differences"].set(xlabel="step", ylabel=f"difference from {first} (nats)")
-    axes["differences"].legend()
-    for name, key, unit, title in (
-        ("time", "step_seconds", 1e-3, "step, median (ms)"),
-        ("memory", "peak_memory_bytes", 2**20, "peak memory (MiB)"),
-    ):
-        bars = axes[name].bar(
-            list(measured),
-            [of[key] / unit for of in measured.values()],
-            color=[f"C{i}" for i in range(len(measured))],
-        )
-        axes[name].bar_label(bars, fmt="{:,.1f}")
-        axes[name].set_title(title, fontsize="medium")
-        axes[name].margins(y=0.15)
-    for name in ("curves", "differences"):
-        axes[name].grid(alpha=0.3)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)

@@ -36,6 +36,11 @@ def _require_text(config, *names: str) -> None:
             ) from None
 
 
+def _require_folder(config, name: str) -> None:
+    if getattr(config, name) == "":  # as a Path it would be the current folder
+        raise UserError(f"{_flag(name)} must name a folder, got ''")
+
+
 def _require_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), got {seed}")
@@ -87,6 +92,8 @@ class TrainConfig:
     """The folder of the run; None is runs/PRESET."""
     resume: bool = False
     """Continue the run in --out, bit for bit; a larger --max-steps extends it."""
+    overwrite: bool = False
+    """Replace the run in --out; without it, a folder that holds a run is refused."""
     max_steps: int = 1500
     """Optimiser steps in all."""
     batch_size: int = 16
@@ -146,6 +153,9 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raise UserError for a value that no run can have."""
+        _require_folder(self, "out")
+        if self.resume and self.overwrite:
+            raise UserError("--resume continues the run that --overwrite replaces: give one")
         if self.loss not in LOSSES:
             raise UserError(f"--loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.tokenizer not in ("chars", "bpe"):
@@ -193,7 +203,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        return self.out if self.out is not None else Path("runs") / self.preset
+        return Path(self.out if self.out is not None else f"runs/{self.preset}")
 
 
 PRESETS = {
@@ -254,7 +264,7 @@ class CompareConfig(TrainConfig):
     @property
     def folder(self) -> Path:
         """The folder of the comparison."""
-        return self.out if self.out is not None else Path("runs") / f"compare-{self.preset}"
+        return Path(self.out if self.out is not None else f"runs/compare-{self.preset}")
 
 
 @dataclass(frozen=True)
@@ -262,7 +272,7 @@ class SampleConfig:
     """Continue a prompt with the model of a run."""
 
     checkpoint: Path
-    """The folder of the run: best.pt is read, else last.pt."""
+    """The folder of the run: best.pt is read, else last.pt; or a checkpoint itself."""
     prompt: str = ""
     """The text to continue; every character must be in the model's vocabulary."""
     temperature: float = 0.8
@@ -274,7 +284,8 @@ class SampleConfig:
     max_new_tokens: int = 500
     """Tokens to add: characters, or pieces of words, as the run was trained."""
     stop: str | None = None
-    """End where this text would come; it is not printed."""
+    """End where this text would come, which is not printed; without it, after
+    --max-new-tokens."""
     num_samples: int = 1
     """Texts to draw, one after the other; each has the seed after that of the one before."""
     seed: int = 1337
@@ -303,7 +314,7 @@ class EvalConfig:
     """Measure the model of a run on every token of a text: loss, perplexity, bits per character."""
 
     checkpoint: Path
-    """The folder of the run: best.pt is read, else last.pt."""
+    """The folder of the run: best.pt is read, else last.pt; or a checkpoint itself."""
     data: str | None = None
     """pydocs, ci, kjv, or the path of a UTF-8 text file; None is what the run was trained on."""
     split: Literal["train", "val", "all"] | None = None

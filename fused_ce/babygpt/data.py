@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_ce.babygpt.atomic import atomic_file
-from fused_ce.babygpt.corpora import cache_folder, read_text, text_sha256, writing_cache
+from fused_ce.babygpt.corpora import NAMES, cache_folder, read_text, text_sha256, writing_cache
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.tokenizer import (
     BPETokenizer,
@@ -52,7 +53,7 @@ def load_dataset(
         UserError: the text cannot be had, has characters unknown to a tokenizer that exists, or
             the cache cannot be written.
     """
-    text = read_text(data)
+    text = load_text(data)
     sha256 = text_sha256(text)
     if isinstance(tokenizer, str):
         tokenizer = _tokenizer(tokenizer, text, sha256, bpe_vocab_size)
@@ -63,6 +64,40 @@ def load_dataset(
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not whole
         _encode(data, text, folder, sha256, tokenizer)
         return _open(folder, sha256, tokenizer)
+
+
+def load_text(data: str) -> str:
+    """Return the text of a corpus or file, without the byte-order mark that an editor put first.
+
+    Raises:
+        UserError: the text cannot be had, or nowhere is a cache for it.
+    """
+    try:
+        cache_folder()
+    except RuntimeError:  # no HOME, and a user without an entry in passwd
+        raise UserError(
+            "there is no home folder for the cache: FUSED_CE_CACHE can name a folder"
+        ) from None
+    return read_text(data).removeprefix("\ufeff")
+
+
+def absolute(data: str) -> str:
+    """Return what --data names in a way that means the same from any folder."""
+    corpus, colon, path = data.partition(":")
+    if data in NAMES:
+        return data
+    if colon and corpus in NAMES:
+        return f"{corpus}:{os.path.abspath(path)}"
+    return os.path.abspath(data)
+
+
+def require_text_of_run(data: str) -> None:
+    """Raise UserError if the text that a run was trained on is gone: nobody named it just now."""
+    if data.partition(":")[0] not in NAMES and not os.path.exists(data):
+        raise UserError(
+            f"the run was trained on {data}, which does not exist"
+            f"{'' if os.path.isabs(data) else ' here'}: --data says where it is now"
+        )
 
 
 def split_text(text: str) -> dict[str, str]:

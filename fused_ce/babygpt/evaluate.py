@@ -9,7 +9,7 @@ from torch import nn
 from fused_ce.babygpt import data as batches  # `data` is the name of an argument here
 from fused_ce.babygpt.checkpoint import load_model
 from fused_ce.babygpt.config import EvalConfig
-from fused_ce.babygpt.corpora import read_text, text_sha256
+from fused_ce.babygpt.corpora import text_sha256
 from fused_ce.babygpt.device import resolve_device
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import BabyGPT, evaluating
@@ -104,8 +104,11 @@ def evaluate(config: EvalConfig) -> None:
     """
     device = resolve_device(config.device)
     model, tokenizer, saved = load_model(config.checkpoint)
-    data = config.data if config.data is not None else saved["config"]["data"]
-    text = read_text(data)
+    data = config.data
+    if data is None:
+        data = saved["config"]["data"]
+        batches.require_text_of_run(data)
+    text = batches.load_text(data)
     is_own = text_sha256(text) == saved["corpus_sha256"]
     split = config.split or ("val" if is_own else "all")
     tokens = tokenizer.encode(text if split == "all" else batches.split_text(text)[split])

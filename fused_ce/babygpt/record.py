@@ -1,10 +1,14 @@
-"""What a run leaves to look at: lines of JSON, the loss curve, and TensorBoard's files."""
+"""What a run leaves to look at: lines of JSON, and TensorBoard's files."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.errors import UserError
+
+EVENTS_SUFFIX = ".babygpt"
 
 
 class Record:
@@ -13,14 +17,16 @@ class Record:
     Args:
         path: the file.
         until_step: keep what the file has up to this step, as a run continued from there does;
-            None starts an empty file.
+            None starts anew.
     """
 
     def __init__(self, path: Path, until_step: int | None = None):
-        """Read what is to be kept, and write the file anew with just that."""
+        """Read what is to be kept, and write the file anew with just that, if there is one."""
         self.path = path
         self.rows: list[dict] = []
-        if until_step is not None and path.exists():
+        if not path.exists():
+            return
+        if until_step is not None:
             self.rows = [row for row in read_rows(path) if row["step"] <= until_step]
         with atomic_file(path) as file:
             file.writelines(_line(row) for row in self.rows)
@@ -54,10 +60,12 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         if until_step is None:
-            for path in folder.glob("events.out.tfevents.*"):
+            for path in folder.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}"):  # others' stay
                 path.unlink()
         purge_step = None if until_step is None else until_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._writer = SummaryWriter(
+            str(folder), purge_step=purge_step, filename_suffix=EVENTS_SUFFIX
+        )
 
     def append(self, row: dict) -> None:
         """Add an evaluation; it is in the file when this returns."""
@@ -76,34 +84,34 @@ def require_tensorboard() -> None:
         raise UserError("--tensorboard needs TensorBoard: pip install tensorboard") from None
 
 
-def plot_losses(rows: list[dict], path: Path) -> None:
-    """Draw the train and validation losses of the rows as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    for split in ("train", "val"):
-        losses = [row[split] for row in rows]
-        axes.plot(steps, losses, marker=".", label=f"{split}, {losses[-1]:.3f} at the end")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per character)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """Return JSON that every reader takes: what is not finite, as losses are after a run has
+    diverged, is null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=indent, allow_nan=False).encode()
 
 
 def _line(row: dict) -> bytes:
-    return json.dumps(row).encode() + b"\n"
+    return to_json(row) + b"\n"
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a log up to the first that is torn, as a crash may leave the last."""
+    """Return the rows of a log up to the first that is torn, as a crash may leave the last.
+
+    A null is a number that was not finite, and comes back as NaN.
+    """
     rows = []
     for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
+
+
+def differences(rows: list[dict], others: list[dict], name: str) -> list[float]:
+    """Return how far two curves are apart at each step."""
+    return [abs(row[name] - other[name]) for row, other in zip(rows, others, strict=True)]

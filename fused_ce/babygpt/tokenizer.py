@@ -12,6 +12,10 @@ from fused_ce.babygpt.errors import UserError
 # Takes more tokens and returns the text that is complete; with final=True also what is not.
 IncrementalDecoder = Callable[..., str]
 
+# Bytes of a word that BPE learns from as one: its time grows with their square, and a text without
+# spaces, of genes say, is one word.
+LONGEST_WORD = 256
+
 
 class Tokenizer(Protocol):
     """What a tokenizer has; `make_tokenizer(kind, vocabulary)` makes an equal one."""
@@ -127,7 +131,11 @@ class BPETokenizer:
             raise UserError(f"byte-level BPE needs at least 256 tokens, got {vocab_size}")
         library = _tokenizers()
         bpe = library.Tokenizer(library.models.BPE())
-        bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = library.pre_tokenizers.Split(
+            library.Regex(f".{{1,{LONGEST_WORD}}}"), behavior="isolated"
+        )
+        bpe.pre_tokenizer = library.pre_tokenizers.Sequence([words, pieces])
         bpe.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -135,6 +143,7 @@ class BPETokenizer:
             show_progress=False,
         )
         bpe.train_from_iterator([text], trainer)
+        bpe.pre_tokenizer = words  # to encode a long word takes no time
         return cls(bpe.to_str())
 
     @property

@@ -56,10 +56,13 @@ def write_text(path):
 def trained(tmp_path_factory):
     """The folder of a finished run; take a copy of it."""
     home = tmp_path_factory.mktemp("trained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests, whose runs are compared with it bit for bit
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_CE_CACHE", str(home / "cache"))
         text = write_text(home / "text.txt")
         train_module.train(replace(TINY, data=str(text), out=home / "run"))
+    torch.set_num_threads(threads)
     return home / "run"
 
 

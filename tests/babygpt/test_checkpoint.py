@@ -89,14 +89,19 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, legacy):
     assert not bait.exists()
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not replace_by_a_folder])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_continues_from_best_when_last_is_damaged(folder, babygpt, damage):
     best = load_checkpoint(folder / "best.pt")["step"]
     damage(folder / "last.pt")
+    kept = (folder / "last.pt.damaged", folder / "last.pt.damaged1")
+    kept[0].touch()  # of another time
+    before = (folder / "last.pt").is_dir() or (folder / "last.pt").read_bytes()
     status, out, err = babygpt("train", "--resume", "--out", folder, "--max-steps", 30)
     assert status == 0
     assert f"{folder / 'last.pt'} is" in err and f"continuing from step {best}" in err
     assert load_checkpoint(folder / "last.pt")["step"] == 30
+    assert f"{folder / 'last.pt'} is kept as last.pt.damaged1" in err  # it may be somebody else's
+    assert kept[0].read_bytes() == b"" and (kept[1].is_dir() or kept[1].read_bytes()) == before
 
 
 def test_no_cut_and_no_flipped_byte_goes_unnoticed(folder):

@@ -10,8 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from fused_ce.babygpt import BabyGPT, ModelConfig
+from fused_ce.babygpt import __main__ as main_module
 from fused_ce.babygpt import evaluate as evaluate_module
 from fused_ce.babygpt.checkpoint import load_checkpoint, load_model
 from fused_ce.babygpt.data import load_dataset
@@ -167,6 +169,54 @@ def test_a_sample_ends_before_the_stop_text(babygpt, folder):
     whole = babygpt(*command)[1]
     before = whole[4:].partition("o")[0]
     assert "o" in whole[4:] and babygpt(*command, "--stop", "o")[1] == f"the {before}\n"
+
+
+@pytest.mark.parametrize("words", [["--stop", "None"], ["--stop=None"]], ids=" ".join)
+def test_the_text_none_is_a_stop_text(babygpt, folder, monkeypatch, words):
+    stops = []
+    monkeypatch.setattr(main_module, "sample", lambda config: stops.append(config.stop))
+    assert babygpt("sample", "--checkpoint", folder, *words)[0] == 0
+    assert babygpt("sample", "--checkpoint", folder)[0] == 0
+    assert stops == ["None", None]
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_checkpoint_can_be_named_instead_of_its_folder(babygpt, folder, name):
+    torch.save({**load_checkpoint(folder / "last.pt"), "step": 99}, folder / "last.pt")
+    out = babygpt("eval", "--checkpoint", folder / name)[1]
+    assert ("at step 99" in out) == (name == "last.pt")
+    status, out, _ = babygpt("sample", "--checkpoint", folder / name, "--prompt", "the ")
+    assert status == 0 and out.startswith("the ")
+
+
+def test_a_run_finds_its_text_from_any_folder(babygpt, flags, tmp_path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags[flags.index("--data") + 1] = text_file.name
+    run = tmp_path / "run"
+    assert babygpt("train", *flags, "--out", run, "--max-steps", 1)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert babygpt("train", "--resume", "--out", run, "--max-steps", 2)[0] == 0
+    assert "val split" in babygpt("eval", "--checkpoint", run)[1]
+    moved = text_file.rename(tmp_path / "moved.txt")
+    for words in (["train", "--resume", "--out"], ["eval", "--checkpoint"]):
+        status, _, err = babygpt(*words, run)
+        assert status == 1 and err == (
+            f"error: the run was trained on {text_file}, which does not exist: --data says where "
+            "it is now\n"
+        )
+        assert babygpt(*words, run, "--data", moved)[0] == 0
+
+
+def test_an_older_run_with_a_relative_text_names_the_real_cause(babygpt, folder):
+    saved = load_checkpoint(folder / "last.pt")
+    saved["config"]["data"] = "books/text.txt"
+    for name in ("last.pt", "best.pt"):
+        torch.save(saved, folder / name)
+    for words in (["train", "--resume", "--out"], ["eval", "--checkpoint"]):
+        status, _, err = babygpt(*words, folder)
+        assert status == 1 and err.count("\n") == 1
+        assert "trained on books/text.txt, which does not exist here: --data says where" in err
 
 
 def test_several_samples_have_seeds_of_their_own(babygpt, folder):

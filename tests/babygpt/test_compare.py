@@ -8,8 +8,10 @@ import pytest
 
 from fused_ce.babygpt import compare as compare_module
 from fused_ce.babygpt import model as model_module
+from fused_ce.babygpt import plots
 from fused_ce.babygpt.compare import compare, format_table
 from fused_ce.babygpt.config import CompareConfig, TrainConfig
+from fused_ce.babygpt.folder import is_ours
 from fused_ce.babygpt.train import train
 
 
@@ -142,9 +144,90 @@ def test_a_comparison_lies_in_a_folder_of_its_own():
     assert str(CompareConfig(preset="v1").folder) == "runs/compare-v1"
 
 
-def test_the_plot_shows_each_run(comparison, in_this_process):
+RUNS = {
+    "steps": [{"step": i, "loss": 4 - i / 10} for i in range(1, 5)],
+    "log": [{"step": 2 * i, "val": 4 - i / 5} for i in range(3)],
+}
+MEASURED = {"step_seconds": 0.1, "peak_memory_bytes": 2**30}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What would be written to a file: the figure, drawn."""
+    figures = []
+
+    def draw(figure, path):
+        figure.draw_without_rendering()
+        figures.append(figure)
+
+    monkeypatch.setattr(plots, "_save", draw)
+    return figures
+
+
+def moved(by):
+    """A run whose losses are larger by so much."""
+    return {
+        name: [
+            {key: value + by * (key != "step") for key, value in row.items()} for row in RUNS[name]
+        ]
+        for name in RUNS
+    }
+
+
+@pytest.mark.parametrize("kind, unit", [("chars", "character"), ("bpe", "token")])
+def test_a_plot_says_what_is_compared_and_in_which_unit(comparison, drawn, kind, unit):
+    comparison = replace(comparison, tokenizer=kind, data="/texts/moby $5$.txt", preset="v1")
+    runs = {"fused": RUNS, "torch": moved(0), "compiled": moved(2e-4)}
+    plots.plot_comparison(runs, dict.fromkeys(runs, MEASURED), comparison, None)
+    plots.plot_losses([{"step": 0, "train": 4.0, "val": 4.0}], comparison, None)
+    (figure, losses) = drawn
+    curves, differences = figure.axes[0], figure.axes[2]
+    assert figure.get_suptitle() == losses.axes[0].get_title() == r"BabyGPT v1 on moby \$5\$.txt"
+    assert curves.get_ylabel() == f"val loss (nats per {unit})"
+    assert losses.axes[0].get_ylabel() == f"loss (nats per {unit})"
+    for axes in (curves, differences):
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 > axes.get_window_extent().x1  # beside the curves, not on them
+        assert legend.x1 < figure.axes[1].get_tightbbox().x0
+
+
+@pytest.mark.parametrize("apart", [0.0, 3e-7, 5e-3, 2.0, float("nan")])
+def test_differences_can_be_read_off(comparison, drawn, apart):
+    runs = {"fused": RUNS, "torch": moved(apart)}
+    plots.plot_comparison(runs, dict.fromkeys(runs, MEASURED), comparison, None)
+    axes = drawn[0].axes[2]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [f"{tick:.0e}" if tick else "0" for tick in axes.get_yticks()]
+    assert 3 <= len(labels) <= 11 and labels[0] == "0"
+    assert axes.get_ylim()[0] == 0 and not axes.get_ylim()[1] <= apart
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(low.y1 < high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
+
+
+def test_a_comparison_of_what_has_diverged_is_not_a_number():
+    nan = float("nan")
+    assert compare_module._largest([0.0, nan, 1.0]) != compare_module._largest([0.0, nan, 1.0])
+    assert compare_module._largest([0.0, 1.0]) == 1.0
+
+
+def test_the_plot_is_a_picture_of_ours(comparison, in_this_process):
     image = pytest.importorskip("matplotlib.image")
-    compare(comparison)
+    assert compare(replace(comparison, max_steps=2, eval_interval=1, eval_iters=1))
     pixels = image.imread(comparison.out / "compare.png")
     assert min(pixels.shape[:2]) > 600
+    assert is_ours(comparison.out / "compare.png") and is_ours(comparison.out / "compare.json")
     assert "matplotlib.pyplot" not in sys.modules  # no display, no state
+    again = replace(comparison, max_steps=1, eval_iters=1, overwrite=True)
+    assert compare(again)
+    assert json.loads((comparison.out / "compare.json").read_text())["config"]["max_steps"] == 1
+
+
+def test_a_comparison_whose_plot_fails_is_whole(comparison, in_this_process, monkeypatch, capsys):
+    def fail(*args):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(compare_module, "plot_comparison", fail)
+    assert compare(replace(comparison, max_steps=1, eval_iters=1))
+    out, err = capsys.readouterr()
+    assert "warning: compare.png was not drawn: ValueError: no ink" in err
+    assert out.endswith("compare.json, fused/, torch/\n")

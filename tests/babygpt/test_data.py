@@ -205,6 +205,22 @@ def test_tokens_of_another_text_are_not_used(text_file, tmp_path, cache):
     assert decoded(load_dataset(str(text_file))) == text_file.read_text()
 
 
+def test_a_byte_order_mark_is_no_character_of_the_text(text_file, kind):
+    plain = load_dataset(str(text_file), kind, 300)
+    text_file.write_bytes(b"\xef\xbb\xbf" + text_file.read_bytes())
+    marked = load_dataset(str(text_file), kind, 300)
+    assert marked.corpus_sha256 == plain.corpus_sha256 and decoded(marked) == decoded(plain)
+    assert marked.tokenizer.vocabulary == plain.tokenizer.vocabulary
+
+
+def test_a_text_is_named_alike_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert data.absolute("pydocs") == "pydocs" and data.absolute("/a/b.txt") == "/a/b.txt"
+    assert data.absolute("b.txt") == str(tmp_path / "b.txt")
+    assert data.absolute("b:c.txt") == str(tmp_path / "b:c.txt")
+    assert data.absolute("ci:b.tgz") == f"ci:{tmp_path / 'b.tgz'}"
+
+
 def test_a_text_too_short_for_a_window_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("ab")
     for _ in range(2):

@@ -18,7 +18,8 @@ from fused_ce.babygpt.data import load_dataset
 from fused_ce.babygpt.distributed import World, full_state, world
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import IGNORED
-from fused_ce.babygpt.train import Run, train
+from fused_ce.babygpt.run import Run
+from fused_ce.babygpt.train import train
 from tests.babygpt.processes import fork, in_processes, wait, wait_for_rows
 
 STEPS = 5

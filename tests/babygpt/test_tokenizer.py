@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -232,3 +233,24 @@ def test_a_sample_prints_whole_characters(bpe, capsys):
     assert capsys.readouterr().out == f">{text}\n"
     stream(Model(text), bpe, ">", n_tokens - 1, temperature=0, seed=0)
     assert capsys.readouterr().out == f">{text[:-1]}\ufffd\n"
+
+
+def test_bpe_learns_from_a_word_without_end_in_no_time():
+    """Its time grows with the square of a word: 200,000 letters without a space took 20 seconds."""
+    letters = torch.randint(4, (200_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = "".join("ACGT"[i] for i in letters)
+    began = time.process_time()
+    tokenizer = BPETokenizer.train(text, 400)
+    tokens = tokenizer.encode(text)
+    assert time.process_time() - began < 8
+    assert tokenizer.decode(tokens.tolist()) == text and len(tokens) < len(text) / 3
+
+
+@pytest.mark.parametrize("word", ["a", "\n", "\u00e9\u8bd7", "-7\U0001f600"], ids=ascii)
+def test_bpe_gives_words_longer_than_its_pieces_back(word):
+    text = word * 700 + "\u8bd7 " + word
+    tokenizer = BPETokenizer.train(text, 300)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    assert make_tokenizer("bpe", tokenizer.vocabulary).encode(text).tolist() == (
+        tokenizer.encode(text).tolist()
+    )

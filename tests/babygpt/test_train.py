@@ -1,14 +1,7 @@
 """Runs: what they leave, and that they can be stopped and continued anywhere."""
 
 import json
-import mmap
-import os
-import random
-import re
-import resource
-import signal
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -16,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ce.babygpt import data as batches
-from fused_ce.babygpt.__main__ import main
 from fused_ce.babygpt.checkpoint import load_checkpoint, load_model, newest_checkpoint
 from fused_ce.babygpt.config import PRESETS
 from fused_ce.babygpt.data import load_dataset
@@ -24,10 +16,10 @@ from fused_ce.babygpt.device import resolve_device
 from fused_ce.babygpt.distributed import World
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.model import BabyGPT
-from fused_ce.babygpt.record import Record, TensorBoard
+from fused_ce.babygpt.record import TensorBoard
+from fused_ce.babygpt.run import Run
 from fused_ce.babygpt.sample import stream
-from fused_ce.babygpt.train import Run, train
-from tests.babygpt.processes import fork, wait, wait_for_rows, wait_until
+from fused_ce.babygpt.train import train
 
 
 def weights(folder):
@@ -42,8 +34,7 @@ def losses(folder):
     return [(row["step"], row["train"], row["val"], row["lr"]) for row in rows(folder)]
 
 
-def test_a_run_leaves_its_files(config):
-    assert train(config)
+def test_a_run_leaves_its_files(config, folder):
     names = {path.name for path in config.out.iterdir()}
     assert names == {"last.pt", "best.pt", "log.jsonl", "loss.png", "weights.safetensors"}
     for row in rows(config.out):
@@ -60,7 +51,7 @@ def test_every_step_is_logged_on_request(config):
     assert [row["step"] for row in steps] == list(range(1, 21))
     assert all(row["loss"] > 0 and row["seconds"] > 0 for row in steps)
     logged = config.out
-    train(replace(config, log_steps=False))
+    train(replace(config, log_steps=False, max_steps=1, overwrite=True))
     assert not (logged / "steps.jsonl").exists()  # it belonged to the run that was replaced
 
 
@@ -135,15 +126,13 @@ def test_training_draws_through_get_batch(config, monkeypatch):
     assert drawn == [(3600, 4, 16), (400, 4, 16)] + [(3600, 4, 16)] * 6 + [(400, 4, 16)]
 
 
-def test_evaluation_does_not_change_the_run(config):
-    train(config)
+def test_evaluation_does_not_change_the_run(config, folder):
     often = replace(config, eval_interval=1, eval_iters=7, out=config.out.parent / "often")
     train(often)
     assert weights(often.out) == weights(config.out)
 
 
-def test_the_seed_decides_the_run(config):
-    train(config)
+def test_the_seed_decides_the_run(config, folder):
     same, other = config.out.parent / "same", config.out.parent / "other"
     train(replace(config, out=same))
     train(replace(config, out=other, seed=2))
@@ -161,73 +150,10 @@ def test_fused_and_torch_losses_give_the_same_curve(config):
     assert curves[0][-1] < curves[0][0] - 0.3
 
 
-@pytest.mark.parametrize("stop", [6, 10, 13], ids=["in-warm-up", "at-an-evaluation", "in-decay"])
-def test_an_extended_run_is_the_uninterrupted_one_bit_for_bit(config, stop):
-    train(config)
-    parts = replace(config, out=config.out.parent / "parts")
-    train(replace(parts, max_steps=stop))
-    train(parts, newest_checkpoint(parts.out)[0])
-    assert weights(parts.out) == weights(config.out)
-    whole = losses(config.out)
-    assert [row for row in losses(parts.out) if row in whole] == whole
-
-
-def test_a_run_that_was_killed_continues_from_its_last_checkpoint(config, monkeypatch):
-    train(config)
-    killed = replace(config, out=config.out.parent / "killed")
-    advance = Run.advance
-
-    def fail(run):
-        if run.step == 12:  # after the evaluation at 10, with last.pt of step 7
-            raise MemoryError
-        return advance(run)
-
-    monkeypatch.setattr(Run, "advance", fail)
-    with pytest.raises(MemoryError):
-        train(killed)
-    monkeypatch.undo()
-    (killed.out / "best.pt").unlink()
-    with open(killed.out / "log.jsonl", "a") as log:
-        log.write('{"step": 11, "tr')  # torn by the crash
-    saved, _ = newest_checkpoint(killed.out)
-    assert saved["step"] == 7
-    train(killed, saved)
-    assert weights(killed.out) == weights(config.out)
-    assert losses(killed.out) == losses(config.out)
-
-
-def test_the_newest_checkpoint_counts_not_its_name(config):
-    train(replace(config, max_steps=10))
-    (config.out / "last.pt").rename(config.out / "best.pt")
-    train(replace(config, max_steps=5, out=config.out.parent / "older"))
-    (config.out.parent / "older" / "last.pt").rename(config.out / "last.pt")
-    assert newest_checkpoint(config.out)[0]["step"] == 10
-
-
-def test_a_run_does_not_continue_on_another_text(config, text_file):
-    train(config)
-    text_file.write_text(text_file.read_text()[::-1])
-    with pytest.raises(UserError, match="not what the run began with"):
-        train(replace(config, max_steps=30), newest_checkpoint(config.out)[0])
-
-
-def test_a_new_run_replaces_an_old_one(config, capsys):
-    train(config)
-    before = weights(config.out)
-    (config.out / "note.txt").write_text("mine")
-    train(replace(config, max_steps=10, seed=3))
-    assert "replacing the run" in capsys.readouterr().out
-    assert [row["step"] for row in rows(config.out)] == [0, 10]
-    assert load_checkpoint(config.out / "best.pt")["config"]["seed"] == 3
-    assert weights(config.out) != before
-    assert (config.out / "note.txt").exists()
-
-
-def test_an_old_run_survives_a_new_one_that_cannot_begin(config):
-    train(config)
+def test_an_old_run_survives_a_new_one_that_cannot_begin(config, folder):
     before = weights(config.out)
     with pytest.raises(UserError, match="--block-size 400 needs at least 401 characters"):
-        train(replace(config, block_size=400))
+        train(replace(config, block_size=400, overwrite=True))
     assert weights(config.out) == before
 
 
@@ -253,40 +179,20 @@ def test_clip_bounds_the_norm_of_the_gradient(config):
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_curve_is_a_picture(config):
+def test_the_curve_is_a_picture(config, folder):
     matplotlib_image = pytest.importorskip("matplotlib.image")
-    train(config)
     pixels = matplotlib_image.imread(config.out / "loss.png")
     assert min(pixels.shape[:2]) > 300
     assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, pixels.shape[2])}) > 2
 
 
-def test_the_weights_are_those_of_the_last_step(config):
+def test_the_weights_are_those_of_the_last_step(config, folder):
     from safetensors.torch import load_file
 
-    train(config)
     saved = load_checkpoint(config.out / "last.pt")["model"]
     loaded = load_file(config.out / "weights.safetensors")
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-
-
-def test_tied_weights_train_and_continue(config):
-    config = replace(config, tie_weights=True)
-    train(config)
-    parts = replace(config, out=config.out.parent / "parts")
-    train(replace(parts, max_steps=9))
-    train(parts, newest_checkpoint(parts.out)[0])
-    assert weights(parts.out) == weights(config.out)
-
-
-def test_a_log_is_kept_up_to_the_step_of_the_checkpoint(tmp_path):
-    record = Record(tmp_path / "log.jsonl")
-    for step in (0, 10, 20):
-        record.append({"step": step})
-    kept = Record(tmp_path / "log.jsonl", until_step=12)
-    assert kept.has(10) and not kept.has(0)
-    assert rows(tmp_path) == [{"step": 0}, {"step": 10}]
 
 
 def test_device_cuda_without_a_gpu_is_refused(monkeypatch):
@@ -294,36 +200,6 @@ def test_device_cuda_without_a_gpu_is_refused(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cuda needs a GPU"):
         resolve_device("cuda")
-
-
-def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(config, flags, tmp_path):
-    words = ["train", *flags, "--out", str(config.out), "--max-steps", "20000"]
-    pid = fork(lambda: main(words), tmp_path / "printed")
-    wait_for_rows(config.out, 4)
-    os.kill(pid, signal.SIGINT)
-    wait([pid], status=130)
-    printed = (tmp_path / "printed").read_text()
-    assert "stopped at step" in printed and "Traceback" not in printed
-    stopped = load_checkpoint(config.out / "last.pt")["step"]
-    assert 30 <= stopped < 20_000
-    end = stopped + 25
-    saved, _ = newest_checkpoint(config.out)
-    train(replace(config, max_steps=end), saved)
-    whole = replace(config, out=config.out.parent / "whole", max_steps=end)
-    train(whole)
-    assert weights(config.out) == weights(whole.out)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_learns_and_continues_bit_for_bit(config, dtype):
-    config = replace(config, dtype=dtype, dropout=0.0, max_steps=40, decay_steps=40)
-    train(config)
-    first, *_, last = rows(config.out)
-    assert last["val"] < first["val"] - 0.3
-    parts = replace(config, out=config.out.parent / "parts")
-    train(replace(parts, max_steps=13))
-    train(parts, newest_checkpoint(parts.out)[0])
-    assert weights(parts.out) == weights(config.out)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -359,8 +235,7 @@ def test_a_float16_run_whose_scale_is_used_up_stops(config):
             run.advance()
 
 
-def test_inplace_gives_the_same_run(config):
-    train(config)
+def test_inplace_gives_the_same_run(config, folder):
     inplace = replace(config, inplace=True, out=config.out.parent / "inplace")
     train(inplace)
     assert losses(inplace.out) == losses(config.out)
@@ -402,7 +277,7 @@ def test_numerical_switches_hold_during_the_run_alone(config, monkeypatch):
 
     monkeypatch.setattr(Run, "advance", observe)
     train(replace(config, max_steps=1))
-    train(replace(config, max_steps=1, deterministic=True, tf32=True))
+    train(replace(config, max_steps=1, deterministic=True, tf32=True, overwrite=True))
     assert seen == [(False, "highest"), (True, "high")]
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
@@ -441,19 +316,6 @@ def test_a_padded_vocabulary_trains_and_is_never_drawn(config, capsys):
     stream(model, tokenizer, "", 50, temperature=100.0, seed=0)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(config, flags, tmp_path):
-    def fill_the_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        return main(["train", "--resume", "--out", str(config.out), "--max-steps", "30"])
-
-    train(config)
-    wait([fork(fill_the_disk, tmp_path / "printed")], status=1)
-    printed = (tmp_path / "printed").read_text()
-    assert re.search("^error: .*File too large$", printed, re.MULTILINE)
-    assert "Traceback" not in printed
-    assert load_checkpoint(config.out / "last.pt")["step"] == 20
-
-
 def test_a_lack_of_memory_is_explained(config, monkeypatch):
     def fail(run):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -461,55 +323,6 @@ def test_a_lack_of_memory_is_explained(config, monkeypatch):
     monkeypatch.setattr(Run, "advance", fail)
     with pytest.raises(UserError, match="too little memory for --batch-size 4"):
         train(config)
-
-
-def test_kill_at_any_moment_loses_at_most_the_checkpoint_interval(config, tmp_path):
-    """kill -9, a dozen times; the run that is left is the uninterrupted one bit for bit.
-
-    Some steps after the last kill, and not some seconds: a machine may be busy. And a moment later,
-    which is anywhere in a step or a checkpoint; sometimes it is before the first step.
-    """
-    whole = replace(
-        config, max_steps=80, eval_interval=20, checkpoint_interval=2, out=tmp_path / "whole"
-    )
-    began = time.perf_counter()
-    train(whole)
-    step_s = (time.perf_counter() - began) / 80
-    config = replace(whole, out=tmp_path / "killed")
-    steps = mmap.mmap(-1, 8)  # shared with the processes: the step that the run has reached
-    advance = Run.advance
-
-    def reached():
-        return int.from_bytes(steps[:8], "little")
-
-    def advance_and_tell(run):
-        loss = advance(run)
-        steps[:8] = run.step.to_bytes(8, "little")
-        return loss
-
-    def go_on():
-        Run.advance = advance_and_tell
-        saved = newest_checkpoint(config.out)[0] if (config.out / "best.pt").exists() else None
-        train(config, saved)
-
-    choose = random.Random(0)
-    kills = 0
-    for _ in range(12):
-        goal = min(80, reached() + choose.randint(0, 6))
-        pid = fork(go_on)
-        wait_until(lambda goal=goal: reached() >= goal, f"step {goal}")
-        time.sleep(choose.uniform(0, 2 * step_s))
-        os.kill(pid, signal.SIGKILL)
-        kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-        for path in config.out.glob("*.pt"):
-            load_checkpoint(path)
-        if reached():
-            assert reached() - newest_checkpoint(config.out)[0]["step"] <= 2
-    assert kills >= 3
-    wait([fork(go_on)])
-    assert weights(config.out) == weights(whole.out)
-    assert losses(config.out) == losses(whole.out)
-    assert not list(config.out.glob(".*.tmp"))
 
 
 @pytest.mark.slow
