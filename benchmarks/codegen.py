@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_ce.kernels import launch
+from fused_ce.kernels import launch, policy
 from fused_ce.kernels.dispatch import Kernel
 from fused_ce.options import LossOptions
 from fused_ce.rows import Direction, Rows, Upstream, empty_gradient
@@ -87,7 +87,7 @@ def compile_for(name: str) -> None:
     """From now on kernels are compiled for this target of TARGETS, and nothing is launched."""
     target = TARGETS[name]
     triton.runtime.driver.set_active(CompileOnly(target))
-    launch._warp_size = lambda device: target.warp_size
+    policy.warp_size_of = lambda device: target.warp_size
 
 
 def launched(calls: Iterator[str]) -> list[tuple]:
@@ -158,7 +158,7 @@ def cases(dtype: str, target: str) -> Iterator[Case]:
     """Those that choose every variant in this dtype, real vocabularies before round numbers."""
     element_size, warp_size = DTYPES[dtype].itemsize, TARGETS[target].warp_size
     seen = set()
-    for variant in launch.variants(element_size, warp_size, REAL_VOCABS):
+    for variant in policy.variants(element_size, warp_size, REAL_VOCABS):
         if (variant.n_rows, variant.vocab_size) not in seen:
             seen.add((variant.n_rows, variant.vocab_size))
             yield Case(variant.vocab_size, dtype, n_rows=variant.n_rows)

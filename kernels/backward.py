@@ -9,26 +9,26 @@ import triton.language as tl
 from ..rows import is_packed
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import (
+from .reduce import DIVISOR
+from .row_access import (
     beside_interior,
-    derivative_factor,
     edge_columns,
     elements_of,
+    load_tile,
+    row_offset,
+    split_row,
+    tile_columns,
+)
+from .targets import (
     gradient_at_target,
     gradient_of_probabilities,
     gradient_tile,
     load_target,
-    load_tile,
     loss_factors,
-    row_offset,
     smooth_of,
     softmax_factor_of,
-    split_row,
-    tile_columns,
-    transform_of,
-    transformed,
 )
-from .reduce import DIVISOR
+from .transform import derivative_factor, transform_of, transformed
 
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to return at once
 SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many elements

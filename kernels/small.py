@@ -12,26 +12,21 @@ import triton.language as tl
 from ..rows import Upstream
 from .arguments import Outputs, constants, numbers
 from .dispatch import kernel
-from .online_softmax import (
-    NOWHERE,
+from .online_softmax import lowest_finite
+from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
+from .row_access import NOWHERE, row_offset
+from .targets import (
     class_share,
-    derivative_factor,
-    exp_of,
-    finite,
     gradient_of_probabilities,
     loss_factors,
     loss_of,
-    lowest_finite,
-    row_offset,
     smooth_of,
     softmax_factor_of,
     store_ignored,
     store_losses,
     store_stats,
-    transform_of,
-    transformed,
 )
-from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
+from .transform import derivative_factor, exp_of, finite, transform_of, transformed
 
 SUM_BLOCK = 256  # eight losses a thread of one warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}

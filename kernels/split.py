@@ -9,20 +9,8 @@ import triton.language as tl
 
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import (
-    NOWHERE,
-    exp_of,
-    load_target,
-    rebased_dot,
-    rebased_exp_dot,
-    row_offset,
-    row_statistics,
-    smooth_of,
-    split_row,
-    store_ignored,
-    store_row,
-    transform_of,
-)
+from .online_softmax import rebased_dot, rebased_exp_dot, row_statistics
+from .policy import MAX_SPLIT_ROWS, MAX_SPLITS
 from .reduce import (
     DIVISOR,
     GROUP_ROWS,
@@ -32,9 +20,10 @@ from .reduce import (
     reduce_losses,
     target_weights,
 )
+from .row_access import NOWHERE, row_offset, split_row
+from .targets import load_target, smooth_of, store_ignored, store_row
+from .transform import exp_of, transform_of
 
-MAX_SPLITS = 128
-MAX_SPLIT_ROWS = 128
 PARTS = tl.constexpr(6)  # numbers a part, see row_statistics
 
 
