@@ -136,6 +136,20 @@ def statistics_update(
 
 
 @triton.jit
+def last_update(
+    part, tile, weight_interior_ptr, probs_interior_ptr, smooth, shift, start, size, transform,
+    IN: tl.constexpr, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr,
+    STATS: tl.constexpr,
+):  # fmt: skip
+    """`statistics_update` by one tile of `load_tile`, of which columns from `size` on are not."""
+    x = logits_of(tile, start, size, transform, IN, DTYPE, BLOCK_V)
+    return statistics_update(
+        part, (x,), weight_interior_ptr, probs_interior_ptr, smooth, shift, start, size,
+        BLOCK_V, SOFT, STATS,
+    )  # fmt: skip
+
+
+@triton.jit
 def row_statistics(
     row_ptr, weight_ptr, probs_row_ptr, transform, label_smoothing, vocab_size, lo, hi, has_edges,
     DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr,
@@ -147,8 +161,7 @@ def row_statistics(
 
     (max, sum of exp(d), sum of share * d, sum of share, sum of exp(d) * d, first column of max),
 
-    the third and fourth 0 unless SOFT (see `class_share`), the last two meaningless unless STATS.
-
+    the third and fourth 0 unless SOFT (see `class_share`), the last two meaningless unless STATS;
     held is the last HELD tiles. They, or where HELD is 0 the tiles of a last loop, are all that is
     masked: the steps before need no mask, which costs each vector a compare and four moves.
     """
@@ -156,16 +169,14 @@ def row_statistics(
     VEC: tl.constexpr = 128 // IN.primitive_bitwidth
     tl.static_assert(HELD == 0 or HELD >= UNROLL)
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
-    shift = VEC - skew
+    shift, smooth, probs_interior_ptr = VEC - skew, (), None
     weight_interior_ptr = weight_ptr + shift if weight_ptr is not None else None
-    smooth, probs_interior_ptr = (), None
     if probs_row_ptr is not None:
         smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
         probs_interior_ptr = beside_interior(probs_row_ptr, shift, VEC, CONGRUENT)
-    part_max = tl.zeros([BLOCK_V // VEC], DTYPE) + lowest_finite(DTYPE)
-    part_sum = tl.zeros([BLOCK_V // VEC], DTYPE)
-    part_argmax = tl.full([BLOCK_V // VEC], NOWHERE, tl.int32)
-    part = (part_max, part_sum, part_sum, part_sum, part_sum, part_argmax)
+    zeros = tl.zeros([BLOCK_V // VEC], DTYPE)
+    nowhere = tl.full([BLOCK_V // VEC], NOWHERE, tl.int32)
+    part = (zeros + lowest_finite(DTYPE), zeros, zeros, zeros, zeros, nowhere)
 
     # Between pairs and loaded shares the compiler would exchange elements through shared memory.
     LOADS: tl.constexpr = SOFT and (weight_ptr is not None or probs_row_ptr is not None)
@@ -175,30 +186,26 @@ def row_statistics(
         tiles = ()
         for i in tl.static_range(UNROLL):
             tile = load_tile(interior_ptr, start + i * BLOCK_V, None, BLOCK_V, EVICT, PAIRS)
-            x = logits_of(tile, start, None, transform, IN, DTYPE, BLOCK_V)
-            tiles = tiles + (x,)
+            tiles = tiles + (logits_of(tile, start, None, transform, IN, DTYPE, BLOCK_V),)
         part = statistics_update(
             part, tiles, weight_interior_ptr, probs_interior_ptr, smooth, shift, start, None,
             BLOCK_V, SOFT, STATS,
         )  # fmt: skip
     held = ()
     for i in tl.static_range(HELD):
-        tile = load_tile(interior_ptr, rest + i * BLOCK_V, hi, BLOCK_V, "evict_first", PAIRS)
-        held = held + (tile,)
+        at = rest + i * BLOCK_V
+        held = held + (load_tile(interior_ptr, at, hi, BLOCK_V, "evict_first", PAIRS),)
     for i in tl.static_range(HELD):
-        start = rest + i * BLOCK_V
-        x = logits_of(held[i], start, hi, transform, IN, DTYPE, BLOCK_V)
-        part = statistics_update(
-            part, (x,), weight_interior_ptr, probs_interior_ptr, smooth, shift, start, hi,
-            BLOCK_V, SOFT, STATS,
+        part = last_update(
+            part, held[i], weight_interior_ptr, probs_interior_ptr, smooth, shift,
+            rest + i * BLOCK_V, hi, transform, IN, DTYPE, BLOCK_V, SOFT, STATS,
         )  # fmt: skip
     if HELD == 0:
         for start in tl.range(rest, hi, BLOCK_V):
             tile = load_tile(interior_ptr, start, hi, BLOCK_V, EVICT, PAIRS)
-            x = logits_of(tile, start, hi, transform, IN, DTYPE, BLOCK_V)
-            part = statistics_update(
-                part, (x,), weight_interior_ptr, probs_interior_ptr, smooth, shift, start, hi,
-                BLOCK_V, SOFT, STATS,
+            part = last_update(
+                part, tile, weight_interior_ptr, probs_interior_ptr, smooth, shift, start, hi,
+                transform, IN, DTYPE, BLOCK_V, SOFT, STATS,
             )  # fmt: skip
     edge, is_edge = edge_columns(skew, interior_size, tl.where(has_edges, vocab_size, 0), VEC)
     return with_edges(part, row_ptr, weight_ptr, probs_row_ptr, transform, smooth, edge, is_edge,
