@@ -37,6 +37,18 @@ def lowest_finite(DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded(product):
+    """A product whose sum over lanes is next.
+
+    Each lane adds its neighbour's to its own, and the compiler would fuse a bare product into that
+    sum: one lane then has a * b + round(c * d), the other c * d + round(a * b), and lanes that hold
+    the same sum do not agree on its last bit. Fused with 0 it is rounded first, by the one
+    instruction that it takes anyway; -0 + 0 is 0, so the compiler has to keep it.
+    """
+    return product + 0.0
+
+
+@triton.jit
 def online_update(part_max, part_sum, tiles):
     """Tiles [R, VEC] into the running (max, sum) [R] of their threads, rescaled once for all."""
     new_max = part_max
@@ -225,7 +237,8 @@ def with_edges(
     row_max = tl.maximum(row_max, lowest_finite(DTYPE))
     difference = x - row_max
     exps = exp_of(difference)
-    row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0) + tl.sum(exps, axis=0)
+    row_sum = tl.sum(rounded(part_sum * exp_of(part_max - row_max)), axis=0)
+    row_sum += tl.sum(exps, axis=0)
     row_dot, row_weight = tl.full([], 0.0, DTYPE), tl.full([], 0.0, DTYPE)
     if SOFT:
         weight_ptrs = weight_ptr + edge if weight_ptr is not None else None
@@ -237,7 +250,8 @@ def with_edges(
     row_exp_dot, row_argmax = tl.full([], 0.0, DTYPE), tl.full([], 0, tl.int32)
     if STATS:
         exp_dots = rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max)
-        row_exp_dot = tl.sum(exp_dots, axis=0) + tl.sum(exps * finite(difference), axis=0)
+        row_exp_dot = tl.sum(exp_dots, axis=0)
+        row_exp_dot += tl.sum(rounded(exps * finite(difference)), axis=0)
         row_argmax = tl.minimum(
             tl.min(tl.where(part_max == row_max, part_argmax, NOWHERE), axis=0),
             tl.min(tl.where(x == row_max, edge, NOWHERE), axis=0),

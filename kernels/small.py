@@ -12,7 +12,7 @@ import triton.language as tl
 from ..rows import Upstream
 from .arguments import Outputs, constants, numbers
 from .dispatch import kernel
-from .online_softmax import lowest_finite
+from .online_softmax import lowest_finite, rounded
 from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
 from .row_access import NOWHERE, row_offset
 from .targets import (
@@ -66,7 +66,7 @@ def small_statistics(x):
     row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(x.dtype))
     difference = x - row_max[:, None]
     exps = exp_of(difference)
-    row_exp_dot = tl.sum(exps * finite(difference), axis=1)
+    row_exp_dot = tl.sum(rounded(exps * finite(difference)), axis=1)
     return row_max, tl.sum(exps, axis=1), row_exp_dot, difference, exps
 
 

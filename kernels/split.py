@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import rebased_dot, rebased_exp_dot, row_statistics
+from .online_softmax import rebased_dot, rebased_exp_dot, rounded, row_statistics
 from .policy import MAX_SPLIT_ROWS, MAX_SPLITS
 from .reduce import (
     DIVISOR,
@@ -48,7 +48,7 @@ def combine(parts_ptr, row, splits, MAX_SPLITS: tl.constexpr):
     part_exp_dot = tl.load(ptrs + 4, mask=exists, other=0.0)
     part_argmax = tl.load(ptrs + 5, mask=exists, other=0.0).to(tl.int32)
     row_max = tl.max(part_max, axis=0)
-    row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0)
+    row_sum = tl.sum(rounded(part_sum * exp_of(part_max - row_max)), axis=0)
     row_dot = tl.sum(rebased_dot(part_dot, part_weight, part_max, row_max), axis=0)
     row_exp_dot = tl.sum(rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max), axis=0)
     row_argmax = tl.min(tl.where(part_max == row_max, part_argmax, NOWHERE), axis=0)

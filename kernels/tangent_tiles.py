@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .online_softmax import lowest_finite, rebased_dot, rebased_exp_dot
+from .online_softmax import lowest_finite, rebased_dot, rebased_exp_dot, rounded
 from .row_access import beside_interior, edge_columns, streamed_size, tile_columns
 from .targets import class_share, gradient_of_probabilities
 from .transform import derivative_factor, exp_of, finite, transformed
@@ -212,9 +212,9 @@ def row_sums(
     parts = rebased(sums, maximum)
     return Sums(
         maximum,
-        tl.sum(parts.exp, axis=0),
+        tl.sum(rounded(parts.exp), axis=0),
         tl.sum(parts.exp_dot, axis=0),
-        tl.sum(parts.moved, axis=0),
+        tl.sum(rounded(parts.moved), axis=0),
         tl.sum(parts.moved_dot, axis=0),
         tl.sum(parts.share, axis=0),
         tl.sum(parts.share_moved, axis=0),

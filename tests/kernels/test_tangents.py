@@ -149,16 +149,15 @@ def test_directions_that_are_none(kernel_device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_that_nobody_wants(kernel_device, kind):
     rows, direction, upstream = problem((1, 2, 67), kind, torch.bfloat16, kernel_device)
-    all_results, gradients = tangents(rows, direction, upstream, EVERYTHING)
+    _, gradients = tangents(rows, direction, upstream, EVERYTHING)
     for kept in itertools.product((False, True), repeat=len(gradients)):
         places = [
             torch.full_like(gradient, torch.nan) if keep else None
             for gradient, keep in zip(gradients, kept, strict=True)
         ]
         results = launch.tangents(direction, upstream, rows, EVERYTHING, *places)
-        assert all(torch.equal(*pair) for pair in zip(results, all_results, strict=True))
-        for place, gradient in zip(places, gradients, strict=True):
-            assert place is None or torch.equal(place, gradient)
+        # not bit for bit: each set of gradients is a binary of its own, which rounds as it likes
+        check(rows, direction, upstream, EVERYTHING, results, places)
 
 
 def test_reduction_and_sample_weight_do_not_matter(kernel_device):
