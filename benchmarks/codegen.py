@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_ce.kernels import launch
+from fused_ce.kernels import launch, policy
 from fused_ce.kernels.dispatch import Kernel
 from fused_ce.options import LossOptions
 from fused_ce.rows import Direction, Rows, Upstream, empty_gradient
@@ -87,7 +87,7 @@ def compile_for(name: str) -> None:
     """From now on kernels are compiled for this target of TARGETS, and nothing is launched."""
     target = TARGETS[name]
     triton.runtime.driver.set_active(CompileOnly(target))
-    launch._warp_size = lambda device: target.warp_size
+    policy.warp_size_of = lambda device: target.warp_size
 
 
 def launched(calls: Iterator[str]) -> list[tuple]:
@@ -158,7 +158,7 @@ def cases(dtype: str, target: str) -> Iterator[Case]:
     """Those that choose every variant in this dtype, real vocabularies before round numbers."""
     element_size, warp_size = DTYPES[dtype].itemsize, TARGETS[target].warp_size
     seen = set()
-    for variant in launch.variants(element_size, warp_size, REAL_VOCABS):
+    for variant in policy.variants(element_size, warp_size, REAL_VOCABS):
         if (variant.n_rows, variant.vocab_size) not in seen:
             seen.add((variant.n_rows, variant.vocab_size))
             yield Case(variant.vocab_size, dtype, n_rows=variant.n_rows)
@@ -185,6 +185,8 @@ def report(name, kernel, constants, dtype) -> dict:
         "num_warps": kernel.metadata.num_warps,
         "shared": kernel.metadata.shared,
     }
+    if "ptx" in kernel.asm:
+        result["uneven_sums"] = uneven_sums(kernel.asm["ptx"])
     if "cubin" in kernel.asm and (NVIDIA_TOOLS / "nvdisasm").exists():
         result |= machine_code(kernel.asm["cubin"])
         wide = 16 // DTYPES[dtype].itemsize * result["unroll"]  # elements a thread and step
@@ -218,6 +220,47 @@ def machine_code(cubin: bytes) -> dict:
         "opcodes": opcodes,
         "loops": loops,
     }
+
+
+PTX = re.compile(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.]*)\s+([^;]*);")
+# what takes 64 bits apart, for lanes exchange 32, and puts them together
+COPIES = ("mov.b", "cvt.u64.u32", "cvt.u32.u64", "shl.b64", "shr.u64", "or.b64")
+
+
+def uneven_sums(ptx: str) -> list[str]:
+    """The sums of two lanes into which a product is fused, or may be by the assembler.
+
+    Each lane adds the other's value, rounded, to its own, which then is not: two lanes that should
+    have the same sum differ in its last bit. What branches make of one value is not fused.
+    """
+    code = [(match[1], match[2]) for line in ptx.splitlines() if (match := PTX.match(line))]
+    makers = {}
+    for opcode, operands in code:
+        made, *_ = operands.split("}" if operands.startswith("{") else ",", 1)
+        for name in re.findall(r"%\w+", made):
+            makers.setdefault(name, []).append((opcode, operands[len(made) :]))
+
+    def is_from(name, kind, depth=4):
+        """Whether it is made by an instruction of this kind, or a copy of what is."""
+        return any(
+            opcode.startswith(kind)
+            or depth > 0
+            and opcode.startswith(COPIES)
+            and any(is_from(other, kind, depth - 1) for other in re.findall(r"%\w+", operands))
+            for opcode, operands in makers.get(name, ())
+        )
+
+    found = []
+    for opcode, operands in code:
+        if re.match(r"(add|sub|fma)\..*f(32|64)$", opcode):
+            _, *terms = re.findall(r"%\w+", operands)
+            of_lanes = [is_from(term, "shfl") for term in terms]
+            is_product = opcode.startswith("fma") or any(
+                len(makers.get(term, ())) == 1 and is_from(term, "mul.f") for term in terms
+            )
+            if any(of_lanes) and is_product:
+                found.append(f"{opcode} {operands}")
+    return found
 
 
 def _tool(name, *arguments):

@@ -1,4 +1,4 @@
-"""Launch variants of the kernels, timed for tuning: what kernels/launch.py decides, varied.
+"""Launch variants of the kernels, timed for tuning: what kernels/policy.py decides, varied.
 
 A function of the policy is replaced by one that returns the variant, for every vocabulary of the
 sweep: a variant is compiled once, and the vocabulary that another was chosen for may like it too.
@@ -27,6 +27,7 @@ from benchmarks.providers import OURS, PROVIDERS
 from benchmarks.runner import CLONE, check, clone_work, note_of, work_of
 from benchmarks.session import Session
 from fused_ce import backend
+from fused_ce.kernels import policy as launch_policy
 
 VECTOR = 16  # bytes a thread and tile: what a block is of follows from its threads
 HELD_REGISTERS = 32 * 1024  # half of a multiprocessor's: a program that holds more spills
@@ -143,8 +144,6 @@ def run(
     session: Session, sweep: Sweep, fields: Callable[[str, int], Iterator[dict]] = grid
 ) -> None:
     """Time every variant until the part's time is up; sweep.json is written as they come."""
-    from fused_ce.kernels import launch
-
     waiting = sweeps(session)
     waiting = waiting[waiting.index(sweep) :]
     end = time.monotonic() + session.seconds_left * sweep.share / sum(s.share for s in waiting)
@@ -152,7 +151,7 @@ def run(
     results = []
     with _kernels(session.device):
         for bench in benches:
-            bench.chosen = _chosen(launch, sweep.policy, bench)
+            bench.chosen = _chosen(sweep.policy, bench)
             bench.clone_ms = _clone_ms(bench, session)
         configs = variants([b.chosen for b in benches], fields(sweep.policy, sweep.element_size))
         _compile_ahead(session, sweep, configs)
@@ -161,7 +160,7 @@ def run(
                 left = len(configs) - index
                 session.left_out.append(f"sweep: {left} variants of {sweep.label}")
                 break
-            with _returning(launch, sweep.policy, config):
+            with _returning(sweep.policy, config):
                 for bench in benches:
                     results.append(_measured(sweep, bench, config, session))
             _append(session, results[-len(benches) :])
@@ -193,15 +192,15 @@ def _kernels(device: torch.device):
     return backend("triton" if device.type == "cpu" else "auto")
 
 
-def _chosen(launch, policy: str, bench: Bench):
+def _chosen(policy: str, bench: Bench):
     """What the policy returns for the case: asked by watching a call, whatever its arguments."""
-    seen, asked = [], getattr(launch, policy)
+    seen, asked = [], getattr(launch_policy, policy)
 
     def watch(*args, **kwargs):
         seen.append(asked(*args, **kwargs))
         return seen[-1]
 
-    with mock.patch.object(launch, policy, watch):
+    with mock.patch.object(launch_policy, policy, watch):
         work = bench.work()
         work.call(*work.prepare())
     if not seen:
@@ -231,11 +230,10 @@ def _compile_ahead(session: Session, sweep: Sweep, configs: list) -> None:
 def compile_variant(target: str, policy: str, case: Case, config) -> bool:
     """Compile what the launchers launch with this configuration; whether it worked."""
     from benchmarks import codegen
-    from fused_ce.kernels import launch
 
     try:
         codegen.compile_for(target)
-        with _returning(launch, policy, config):
+        with _returning(policy, config):
             codegen.launched(codegen.launches(codegen.Case(case.vocab_size, case.dtype)))
         return True
     except Exception:
@@ -250,8 +248,8 @@ def _clone_ms(bench: Bench, session: Session) -> float:
 
 
 @contextlib.contextmanager
-def _returning(launch, policy: str, config) -> Iterator[None]:
-    with mock.patch.object(launch, policy, lambda *args, **kwargs: config):
+def _returning(policy: str, config) -> Iterator[None]:
+    with mock.patch.object(launch_policy, policy, lambda *args, **kwargs: config):
         yield
 
 

@@ -9,26 +9,26 @@ import triton.language as tl
 from ..rows import is_packed
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import (
+from .reduce import DIVISOR
+from .row_access import (
     beside_interior,
-    derivative_factor,
     edge_columns,
     elements_of,
+    load_tile,
+    row_offset,
+    split_row,
+    tile_columns,
+)
+from .targets import (
     gradient_at_target,
     gradient_of_probabilities,
     gradient_tile,
     load_target,
-    load_tile,
     loss_factors,
-    row_offset,
     smooth_of,
     softmax_factor_of,
-    split_row,
-    tile_columns,
-    transform_of,
-    transformed,
 )
-from .reduce import DIVISOR
+from .transform import derivative_factor, transform_of, transformed
 
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to return at once
 SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many elements
@@ -104,6 +104,54 @@ def write_columns(
         tl.store(grad_probs_ptr + cols, grad, mask=mask, eviction_policy="evict_first")
 
 
+@triton.jit
+def has_column(target, start, size, skew, interior_size, VEC: tl.constexpr):
+    """Whether a column is one of `size` from `start` of the interior, or an edge: those go with the
+    first."""
+    place = target.to(tl.int32) + skew - VEC  # in the interior
+    in_interior = (place >= 0) & (place < interior_size)
+    in_tiles = (place >= start) & (place < start + size)
+    return tl.where(in_interior, in_tiles, start == 0)
+
+
+@triton.jit
+def write_loaded(
+    tiles, start, x_edge, edge, is_edge, counts, skew, vocab_size, interior_size,
+    weight_ptr, probs_row_ptr, grad_row_ptr, grad_probs_row_ptr, transform, smooth, factors,
+    IN: tl.constexpr, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, SOFT: tl.constexpr,
+    CONGRUENT: tl.constexpr,
+):  # fmt: skip
+    """`write_columns` for tiles of `load_tile` from column `start` of the interior on, and for the
+    edges."""
+    VEC: tl.constexpr = 128 // IN.primitive_bitwidth
+    cols, first = tile_columns(BLOCK_V, VEC)
+    weight_interior_ptr, probs_interior_ptr = None, None
+    grad_interior_ptr, grad_probs_interior_ptr = None, None
+    if weight_ptr is not None:
+        weight_interior_ptr = weight_ptr + (VEC - skew)
+    if probs_row_ptr is not None:
+        probs_interior_ptr = beside_interior(probs_row_ptr, VEC - skew, VEC, CONGRUENT)
+    if grad_row_ptr is not None:
+        _, grad_interior_ptr, _ = split_row(grad_row_ptr, vocab_size, VEC)
+    if grad_probs_row_ptr is not None:
+        grad_probs_interior_ptr = beside_interior(grad_probs_row_ptr, VEC - skew, VEC, CONGRUENT)
+    tl.debug_barrier()  # in place: every load of the row comes before every store below
+    for tile in tl.static_range(len(tiles)):
+        at = start + tile * BLOCK_V
+        x = elements_of(tiles[tile], IN, DTYPE)
+        if len(transform) > 0:
+            x = tl.where(counts, x, 0.0)  # it was masked with -inf, and 0 * inf is NaN
+        write_columns(
+            x, at + cols, at + first < interior_size,
+            weight_interior_ptr, probs_interior_ptr, grad_interior_ptr, grad_probs_interior_ptr,
+            transform, smooth, factors, SOFT,
+        )  # fmt: skip
+    write_columns(
+        x_edge, edge, is_edge, weight_ptr, probs_row_ptr, grad_row_ptr, grad_probs_row_ptr,
+        transform, smooth, factors, SOFT,
+    )  # fmt: skip
+
+
 @kernel
 def cross_entropy_backward_kernel(
     logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr,
@@ -142,7 +190,6 @@ def cross_entropy_backward_kernel(
     )  # fmt: skip
 
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
-    cols, first = tile_columns(BLOCK_V, VEC)
     read_size = tl.where(counts, interior_size, 0)
     tiles = ()
     for tile in tl.static_range(UNROLL):
@@ -152,42 +199,22 @@ def cross_entropy_backward_kernel(
     edge, is_edge = edge_columns(skew, interior_size, edge_size, VEC)
     _, is_read = edge_columns(skew, interior_size, tl.where(counts, edge_size, 0), VEC)
     x_edge = tl.load(row_ptr + edge, mask=is_read, other=0.0).to(DTYPE)
-    place = target.to(tl.int32) + skew - VEC  # of the target in the interior
-    in_interior = (place >= 0) & (place < interior_size)
-    in_tiles = (place >= start) & (place < start + BLOCK_V * UNROLL)
-    owns_target = in_range & counts & tl.where(in_interior, in_tiles, start == 0)
+    owns_target = in_range & counts
+    owns_target &= has_column(target, start, BLOCK_V * UNROLL, skew, interior_size, VEC)
     x_target = tl.load(row_ptr + target, mask=owns_target, other=0.0).to(DTYPE)
 
-    weight_interior_ptr, probs_interior_ptr = None, None
-    grad_row_ptr, grad_interior_ptr = None, None
-    grad_probs_row_ptr, grad_probs_interior_ptr = None, None
-    if weight_ptr is not None:
-        weight_interior_ptr = weight_ptr + (VEC - skew)
-    if PROBS:
-        probs_interior_ptr = beside_interior(probs_row_ptr, VEC - skew, VEC, CONGRUENT)
+    grad_row_ptr, grad_probs_row_ptr = None, None
     if grad_logits_ptr is not None:
         offset = row_offset(row, rows_per_group, grad_group_stride, grad_row_stride)
         grad_row_ptr = grad_logits_ptr + offset
-        _, grad_interior_ptr, _ = split_row(grad_row_ptr, vocab_size, VEC)
     if grad_targets_ptr is not None:
         grad_probs_row_ptr = grad_targets_ptr + row_offset(
             row, rows_per_group, grad_targets_group_stride, grad_targets_row_stride
         )
-        grad_probs_interior_ptr = beside_interior(grad_probs_row_ptr, VEC - skew, VEC, CONGRUENT)
-    tl.debug_barrier()  # in place: every load above comes before every store below
-    for tile in tl.static_range(UNROLL):
-        at = start + tile * BLOCK_V
-        x = elements_of(tiles[tile], IN, DTYPE)
-        if len(transform) > 0:
-            x = tl.where(counts, x, 0.0)  # it was masked with -inf, and 0 * inf is NaN
-        write_columns(
-            x, at + cols, at + first < interior_size,
-            weight_interior_ptr, probs_interior_ptr, grad_interior_ptr, grad_probs_interior_ptr,
-            transform, smooth, factors, SOFT,
-        )  # fmt: skip
-    write_columns(
-        x_edge, edge, is_edge, weight_ptr, probs_row_ptr, grad_row_ptr, grad_probs_row_ptr,
-        transform, smooth, factors, SOFT,
+    write_loaded(
+        tiles, start, x_edge, edge, is_edge, counts, skew, vocab_size, interior_size,
+        weight_ptr, probs_row_ptr, grad_row_ptr, grad_probs_row_ptr, transform, smooth, factors,
+        IN, DTYPE, BLOCK_V, SOFT, CONGRUENT,
     )  # fmt: skip
     if grad_logits_ptr is not None and not PROBS:
         row_max, _, softmax_factor, entropy_factor, class_grad, _ = factors

@@ -4,17 +4,11 @@ import triton.language as tl
 
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import (
-    load_target,
-    row_offset,
-    row_statistics,
-    smooth_of,
-    split_row,
-    store_ignored,
-    store_row,
-    transform_of,
-)
+from .online_softmax import row_statistics
 from .reduce import GROUP_ROWS, SUM_BLOCK, reduce_losses
+from .row_access import row_offset, split_row
+from .targets import load_target, smooth_of, store_ignored, store_row
+from .transform import transform_of
 
 
 @kernel

@@ -10,27 +10,29 @@ import triton.language as tl
 
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import (
+from .online_softmax import row_statistics
+from .reduce import DIVISOR, GROUP_ROWS, SUM_BLOCK, reduce_losses
+from .row_access import (
     beside_interior,
-    derivative_factor,
     edge_columns,
     elements_of,
+    load_tile,
+    row_offset,
+    split_row,
+    streamed_size,
+    tile_columns,
+    write_zeros,
+)
+from .targets import (
     gradient_at_target,
     gradient_tile,
     load_target,
-    load_tile,
-    row_offset,
-    row_statistics,
     smooth_of,
     softmax_factor_of,
-    split_row,
     store_ignored,
     store_row,
-    streamed_size,
-    tile_columns,
-    transform_of,
 )
-from .reduce import DIVISOR, GROUP_ROWS, SUM_BLOCK, reduce_losses
+from .transform import derivative_factor, transform_of
 
 
 @triton.jit
@@ -109,20 +111,6 @@ def write_gradient(
         is_edge, SOFT,
     )  # fmt: skip
     tl.store(grad_row_ptr + edge, grad.to(IN), mask=is_edge)
-
-
-@triton.jit
-def write_zeros(row_ptr, vocab_size, BLOCK_V: tl.constexpr):
-    """Zeros over one row; an ignored row may hold NaN, so nothing is read."""
-    OUT: tl.constexpr = row_ptr.dtype.element_ty
-    VEC: tl.constexpr = 128 // OUT.primitive_bitwidth
-    skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
-    cols, first = tile_columns(BLOCK_V, VEC)
-    zeros = tl.zeros([BLOCK_V // VEC, VEC], OUT)
-    for start in tl.range(0, interior_size, BLOCK_V):
-        tl.store(interior_ptr + start + cols, zeros, mask=start + first < interior_size)
-    edge, is_edge = edge_columns(skew, interior_size, vocab_size, VEC)
-    tl.store(row_ptr + edge, tl.zeros([2 * VEC], OUT), mask=is_edge)
 
 
 @kernel

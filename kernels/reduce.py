@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import kernel
-from .online_softmax import row_offset
+from .row_access import row_offset
 
 GROUP_ROWS = 1024  # rows whose losses one program adds up, before the last adds up the groups
 PARTIALS = 64  # programs that count the targets at most

@@ -12,30 +12,93 @@ import triton.language as tl
 from ..rows import Upstream
 from .arguments import Outputs, constants, numbers
 from .dispatch import kernel
-from .online_softmax import (
-    NOWHERE,
+from .online_softmax import lowest_finite, rounded
+from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
+from .row_access import NOWHERE, row_offset
+from .targets import (
     class_share,
-    derivative_factor,
-    exp_of,
-    finite,
     gradient_of_probabilities,
     loss_factors,
     loss_of,
-    lowest_finite,
-    row_offset,
     smooth_of,
     softmax_factor_of,
     store_ignored,
     store_losses,
     store_stats,
-    transform_of,
-    transformed,
 )
-from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
+from .transform import derivative_factor, exp_of, finite, transform_of, transformed
 
 SUM_BLOCK = 256  # eight losses a thread of one warp
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 NO_OUTPUTS, NO_UPSTREAM = Outputs(losses=None), Upstream(loss=None)
+
+
+@triton.jit
+def columns_of(
+    ptr, rows, cols, rows_per_group, group_stride, row_stride, class_stride,
+    DENSE: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """Where the elements [rows, cols] lie."""
+    offsets = row_offset(rows, rows_per_group, group_stride, row_stride, GROUPED)
+    return ptr + offsets[:, None] + at_class(cols, class_stride, DENSE)
+
+
+@triton.jit
+def at_class(cols, class_stride, DENSE: tl.constexpr):
+    # 64-bit: times a stride of H * W
+    return cols if DENSE else cols.to(tl.int64) * class_stride
+
+
+@triton.jit
+def load_targets(targets_ptrs, exists, ignore_index, vocab_size, PROBS: tl.constexpr):
+    """(targets, counts, in_range) of rows: `load_target` of several."""
+    if PROBS:
+        return tl.full(exists.shape, -1, tl.int64), exists, exists & False
+    else:
+        targets = tl.load(targets_ptrs, mask=exists, other=0).to(tl.int64)
+        counts = exists & (targets != ignore_index)  # an ignored row may hold NaN: it is not read
+        return targets, counts, counts & (targets >= 0) & (targets < vocab_size)
+
+
+@triton.jit
+def small_statistics(x):
+    """(max, sum of exp(d), sum of exp(d) * d, d, exp(d)) of rows, where d is x - max."""
+    row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(x.dtype))
+    difference = x - row_max[:, None]
+    exps = exp_of(difference)
+    row_exp_dot = tl.sum(rounded(exps * finite(difference)), axis=1)
+    return row_max, tl.sum(exps, axis=1), row_exp_dot, difference, exps
+
+
+@triton.jit
+def small_shares(weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT: tl.constexpr):
+    """(share, sum of share * difference, sum of share) of rows, see `class_share`, or 0."""
+    share = tl.zeros_like(difference)
+    if SOFT:
+        share = class_share(weight_ptrs, probs_ptrs, smooth, is_read, difference)
+        share = tl.where(is_read, share, 0.0)
+        row_dot = tl.sum(tl.where(is_read, share * difference, 0.0), axis=1)
+        return share, row_dot, tl.sum(share, axis=1)
+    else:
+        zeros = tl.zeros([share.shape[0]], share.dtype)
+        return share, zeros, zeros
+
+
+@triton.jit
+def store_rows(
+    losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, sample_weight_ptr,
+    rows, exists, counts, losses, x, cols, row_max, row_sum, row_exp_dot,
+):  # fmt: skip
+    """What was asked for of rows, ignored ones included."""
+    store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, rows, losses, counts)
+    ignored = exists & (counts == 0)
+    store_ignored(losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, rows, ignored)
+    if lse_ptr is not None:
+        row_argmax = tl.min(tl.where(x == row_max[:, None], cols, NOWHERE), axis=1)
+        store_stats(
+            lse_ptr, entropy_ptr, predictions_ptr, rows, row_max, row_sum, row_exp_dot, row_argmax,
+            counts,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -106,40 +169,28 @@ def cross_entropy_small_kernel(
     cols = tl.arange(0, BLOCK_V)[None, :]
     exists, cols_exist = rows < n_rows, cols < vocab_size
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
-    targets_ptrs, counts = targets_ptr + offsets, exists
-    if PROBS:
-        targets, in_range = tl.full(rows.shape, -1, tl.int64), rows < 0
-    else:
-        targets = tl.load(targets_ptrs, mask=exists, other=0).to(tl.int64)
-        counts = exists & (targets != ignore_index)  # an ignored row may hold NaN: it is not read
-        in_range = counts & (targets >= 0) & (targets < vocab_size)
+    targets_ptrs = targets_ptr + offsets
+    targets, counts, in_range = load_targets(targets_ptrs, exists, ignore_index, vocab_size, PROBS)
     is_read = counts[:, None] & cols_exist
 
-    offsets = row_offset(rows, rows_per_group, logits_group_stride, logits_row_stride, GROUPED)
-    x_ptrs = logits_ptr + offsets[:, None] + at_class(cols, logits_class_stride, DENSE)
+    x_ptrs = columns_of(
+        logits_ptr, rows, cols, rows_per_group, logits_group_stride, logits_row_stride,
+        logits_class_stride, DENSE, GROUPED,
+    )  # fmt: skip
     x = tl.load(x_ptrs, mask=is_read, other=float("-inf")).to(DTYPE)
     x, slope = transformed(x, transform)
     if HAS_SCALE or HAS_SOFTCAP:
         x = tl.where(is_read, x, float("-inf"))
-    row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(DTYPE))
-    difference = x - row_max[:, None]
-    exps = exp_of(difference)
-    row_sum = tl.sum(exps, axis=1)
-    row_exp_dot = tl.sum(exps * finite(difference), axis=1)
+    row_max, row_sum, row_exp_dot, difference, exps = small_statistics(x)
     is_target = cols == targets[:, None]
-    weight_ptrs = None
-    row_dot, row_weight = tl.zeros_like(row_sum), tl.zeros_like(row_sum)
-    share = tl.zeros_like(x)
-    if SOFT:
-        probs_ptrs = None
-        if weight_ptr is not None:
-            weight_ptrs = weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
-        if PROBS:
-            probs_ptrs = targets_ptrs[:, None] + at_class(cols, targets_class_stride, DENSE)
-        share = class_share(weight_ptrs, probs_ptrs, smooth, is_read, x)
-        share = tl.where(is_read, share, 0.0)
-        row_dot = tl.sum(tl.where(is_read, share * difference, 0.0), axis=1)
-        row_weight = tl.sum(share, axis=1)
+    weight_ptrs, probs_ptrs = None, None
+    if weight_ptr is not None:
+        weight_ptrs = weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
+    if PROBS:
+        probs_ptrs = targets_ptrs[:, None] + at_class(cols, targets_class_stride, DENSE)
+    share, row_dot, row_weight = small_shares(
+        weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT
+    )
     factors = loss_factors(
         targets, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, DTYPE
     )
@@ -147,28 +198,22 @@ def cross_entropy_small_kernel(
     if losses_ptr is not None:
         x_target = tl.sum(tl.where(is_target, x, 0.0), axis=1)
         losses = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
-        store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, rows, losses, counts)
-        ignored = exists & (counts == 0)
-        store_ignored(
-            losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, rows, ignored
-        )
-    if lse_ptr is not None:
-        row_argmax = tl.min(tl.where(x == row_max[:, None], cols, NOWHERE), axis=1)
-        store_stats(
-            lse_ptr, entropy_ptr, predictions_ptr, rows, row_max, row_sum, row_exp_dot, row_argmax,
-            counts,
+        store_rows(
+            losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, sample_weight_ptr,
+            rows, exists, counts, losses, x, cols, row_max, row_sum, row_exp_dot,
+        )  # fmt: skip
+    grad_ptrs, grad_probs_ptrs = None, None
+    if grad_logits_ptr is not None:
+        grad_ptrs = columns_of(
+            grad_logits_ptr, rows, cols, rows_per_group, grad_group_stride, grad_row_stride,
+            grad_class_stride, DENSE, GROUPED,
+        )  # fmt: skip
+    if grad_targets_ptr is not None:
+        grad_probs_ptrs = columns_of(
+            grad_targets_ptr, rows, cols, rows_per_group, grad_targets_group_stride,
+            grad_targets_row_stride, grad_targets_class_stride, DENSE, GROUPED,
         )  # fmt: skip
     if grad_logits_ptr is not None or grad_targets_ptr is not None:
-        grad_ptrs, grad_probs_ptrs = None, None
-        if grad_logits_ptr is not None:
-            at = row_offset(rows, rows_per_group, grad_group_stride, grad_row_stride, GROUPED)
-            grad_ptrs = grad_logits_ptr + at[:, None] + at_class(cols, grad_class_stride, DENSE)
-        if grad_targets_ptr is not None:
-            at = row_offset(
-                rows, rows_per_group, grad_targets_group_stride, grad_targets_row_stride, GROUPED
-            )
-            at = at[:, None] + at_class(cols, grad_targets_class_stride, DENSE)
-            grad_probs_ptrs = grad_targets_ptr + at
         small_gradients(
             rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum,
             row_exp_dot, factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr,
@@ -180,12 +225,6 @@ def cross_entropy_small_kernel(
             losses_ptr, loss_ptr, sums_ptr, counters_ptr, tl.program_id(0), tl.num_programs(0),
             n_rows, BLOCK_ROWS, GROUP_ROWS, SUM_BLOCK, MEAN,
         )  # fmt: skip
-
-
-@triton.jit
-def at_class(cols, class_stride, DENSE: tl.constexpr):
-    # 64-bit: times a stride of H * W
-    return cols if DENSE else cols.to(tl.int64) * class_stride
 
 
 def launch_small(

@@ -9,20 +9,8 @@ import triton.language as tl
 
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
-from .online_softmax import (
-    NOWHERE,
-    exp_of,
-    load_target,
-    rebased_dot,
-    rebased_exp_dot,
-    row_offset,
-    row_statistics,
-    smooth_of,
-    split_row,
-    store_ignored,
-    store_row,
-    transform_of,
-)
+from .online_softmax import rebased_dot, rebased_exp_dot, rounded, row_statistics
+from .policy import MAX_SPLIT_ROWS, MAX_SPLITS
 from .reduce import (
     DIVISOR,
     GROUP_ROWS,
@@ -32,9 +20,10 @@ from .reduce import (
     reduce_losses,
     target_weights,
 )
+from .row_access import NOWHERE, row_offset, split_row
+from .targets import load_target, smooth_of, store_ignored, store_row
+from .transform import exp_of, transform_of
 
-MAX_SPLITS = 128
-MAX_SPLIT_ROWS = 128
 PARTS = tl.constexpr(6)  # numbers a part, see row_statistics
 
 
@@ -59,7 +48,7 @@ def combine(parts_ptr, row, splits, MAX_SPLITS: tl.constexpr):
     part_exp_dot = tl.load(ptrs + 4, mask=exists, other=0.0)
     part_argmax = tl.load(ptrs + 5, mask=exists, other=0.0).to(tl.int32)
     row_max = tl.max(part_max, axis=0)
-    row_sum = tl.sum(part_sum * exp_of(part_max - row_max), axis=0)
+    row_sum = tl.sum(rounded(part_sum * exp_of(part_max - row_max)), axis=0)
     row_dot = tl.sum(rebased_dot(part_dot, part_weight, part_max, row_max), axis=0)
     row_exp_dot = tl.sum(rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max), axis=0)
     row_argmax = tl.min(tl.where(part_max == row_max, part_argmax, NOWHERE), axis=0)

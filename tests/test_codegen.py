@@ -34,6 +34,9 @@ OTHERS = [
     Case(50257, "bfloat16", misaligned=3),
     Case(65, "float16"),
     Case(65, "float64"),
+    *(Case(20, dtype, "stats") for dtype in ("bfloat16", "float32", "float64")),
+    Case(20, "float32", "everything"),
+    Case(9001, "float32", "stats", n_rows=2),
     *(Case(50257, "bfloat16", options) for options in codegen.OPTIONS if options != "plain"),
     Case(128256, "bfloat16", "weight, smoothing", n_rows=2),
     Case(6148, "float32", "weight, smoothing"),
@@ -205,9 +208,18 @@ def is_backward(report):
     return not accesses(report["opcodes"], "ATOMG")
 
 
+def check_lanes_agree(report):
+    """On every sum of a row: whoever stores it, stores the same bits.
+
+    Triton lets all lanes that have a value store it to one shared address, and one of them wins.
+    """
+    assert report["uneven_sums"] == []
+
+
 CHECKS = [
-    check_no_spills, check_registers, check_16_bytes, check_whole_tiles, check_held_tiles,
-    check_backward, check_tangents, check_scale, check_budget, check_order_of_memory,
+    check_lanes_agree, check_no_spills, check_registers, check_16_bytes, check_whole_tiles,
+    check_held_tiles, check_backward, check_tangents, check_scale, check_budget,
+    check_order_of_memory,
 ]  # fmt: skip
 
 
@@ -269,6 +281,40 @@ def test_a_mean_is_two_launches_and_its_backward_one():
         assert names["forward_with_grad"] == [*first, *with_grad]
         assert names["backward"] == [SMALL if small else BACKWARD]
         assert names["scale"] == ["scale_kernel"]
+
+
+@pytest.mark.parametrize("code, is_uneven", [
+    pytest.param("add.f32 %f5, %f3, %f4;", True, id="a-product-that-may-be-fused"),
+    pytest.param("add.f32 %f5, %f4, %f3;", True, id="on-either-side"),
+    pytest.param("fma.rn.f32 %f5, %f1, %f2, %f4;", True, id="a-product-that-is-fused"),
+    pytest.param("fma.rn.f32 %f6, %f1, %f2, 0f00000000; add.f32 %f5, %f6, %f4;", False,
+                 id="a-product-that-was-rounded"),
+    pytest.param("add.f32 %f5, %f1, %f4;", False, id="no-product"),
+    pytest.param("fma.rn.f32 %f5, %f1, %f2, %f3;", False, id="no-sum-of-lanes"),
+])  # fmt: skip
+def test_sums_into_which_a_product_is_fused(code, is_uneven):
+    ptx = """
+        mul.f32 %f3, %f1, %f2;
+        mov.b32 %r1, %f3;
+        shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;
+        mov.b32 %f4, %r2;
+        """ + code.replace("; ", ";\n")
+    assert bool(codegen.uneven_sums(ptx)) == is_uneven
+
+
+def test_sums_of_64_bits_into_which_a_product_is_fused():
+    """They are exchanged in halves."""
+    ptx = """
+        mov.b64 {%r1, %r2}, %fd1;
+        shfl.sync.bfly.b32 %r3, %r1, 16, 31, -1;
+        shfl.sync.bfly.b32 %r4, %r2, 16, 31, -1;
+        cvt.u64.u32 %rd1, %r3;
+        cvt.u64.u32 %rd2, %r4;
+        shl.b64 %rd3, %rd2, 32;
+        or.b64 %rd4, %rd1, %rd3;
+        fma.rn.f64 %rd5, %rd6, %rd7, %rd4;
+        """
+    assert codegen.uneven_sums(ptx) == ["fma.rn.f64 %rd5, %rd6, %rd7, %rd4"]
 
 
 def test_report_names_what_it_counts():

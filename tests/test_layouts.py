@@ -309,5 +309,6 @@ def test_targets_beyond_32_bits(fused_device):
             right, right_gradient, _ = fused(
                 logits, targets, grad_in_forward=route, upstream=upstream
             )
-            assert torch.equal(loss, right)
-            assert torch.equal(gradient, right_gradient)
+            # not bit for bit: targets of another dtype are read by another binary
+            torch.testing.assert_close(loss, right, rtol=1e-6, atol=0.0)
+            torch.testing.assert_close(gradient, right_gradient, rtol=1e-5, atol=1e-8)

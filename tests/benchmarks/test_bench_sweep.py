@@ -1,5 +1,6 @@
 """The sweep: which variants it tries, in which order, and what it does with those that fail."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import sweep
 from benchmarks.cases import Case
+from fused_ce.kernels import policy as launch_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,13 +38,10 @@ def test_the_least_different_come_first_and_a_block_follows_from_its_warps():
 
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_grids_are_configurations_of_the_policy(element_size):
-    pytest.importorskip("triton")
-    from fused_ce.kernels import launch
-
     for policy in ("held_config", "stream_config", "small_config"):
         chosen = (
-            launch.small_config(65) if policy == "small_config"
-            else getattr(launch, policy)(50257, element_size)
+            launch_policy.small_config(65) if policy == "small_config"
+            else getattr(launch_policy, policy)(50257, element_size)
         )  # fmt: skip
         found = list(sweep.grid(policy, element_size))
         tried = sweep.variants([chosen], iter(found))
@@ -53,6 +52,32 @@ def test_grids_are_configurations_of_the_policy(element_size):
                 assert config.block_v * element_size == 16 * 32 * config.num_warps
                 assert config.held == 0 or config.held >= config.unroll
             assert config.num_warps <= 32
+
+
+@pytest.mark.parametrize(
+    "name, vocab_size", [("held_config", 1100), ("stream_config", 1100), ("small_config", 65)]
+)
+def test_a_variant_is_what_is_launched(monkeypatch, name, vocab_size):
+    """And not what the policy would choose."""
+    pytest.importorskip("triton")
+    from benchmarks import codegen
+    from fused_ce.kernels.dispatch import Kernel
+
+    sizes = (vocab_size,) if name == "small_config" else (vocab_size, 4)
+    config = getattr(launch_policy, name)(*sizes)
+    changed = dataclasses.replace(config, block_v=4 * config.block_v, num_warps=16)
+    launched = []
+
+    def record(self, grid, tensors, numbers, num_warps, **constants):
+        launched.append((constants.get("BLOCK_V"), num_warps))
+
+    monkeypatch.setattr(Kernel, "launch", record)
+    for chosen in (False, True):
+        with sweep._returning(name, changed) if chosen else contextlib.nullcontext():
+            list(codegen.launches(codegen.Case(vocab_size, "float32")))
+        assert ((changed.block_v, 16) in launched) == chosen
+        assert ((config.block_v, config.num_warps) in launched) != chosen
+        launched.clear()
 
 
 def test_table_has_the_fastest_first_the_chosen_always_and_the_failed_last(monkeypatch):
@@ -116,9 +141,9 @@ def test_a_variant_is_compiled_without_a_gpu(tmp_path):
         import dataclasses
         from benchmarks import sweep
         from benchmarks.cases import Case
-        from fused_ce.kernels import launch
+        from fused_ce.kernels import policy
         case = Case("forward_backward", 8192, 50257, "bfloat16")
-        config = dataclasses.replace(launch.held_config(50257, 2), unroll=1, held=2)
+        config = dataclasses.replace(policy.held_config(50257, 2), unroll=1, held=2)
         assert sweep.compile_variant("sm_90", "held_config", case, config)
         wrong = dataclasses.replace(config, unroll=4)
         assert not sweep.compile_variant("sm_90", "held_config", case, wrong)

@@ -1,4 +1,4 @@
-"""The launch policy, and the launchers with buffers whose surroundings are watched."""
+"""The launchers, with buffers whose surroundings are watched."""
 
 import pytest
 import torch
@@ -15,108 +15,10 @@ from oracle import (
 )
 
 pytest.importorskip("triton")
-from fused_ce.kernels import launch  # noqa: E402
+from fused_ce.kernels import launch, policy  # noqa: E402
 from fused_ce.kernels.arguments import is_congruent  # noqa: E402
-from fused_ce.kernels.launch import (  # noqa: E402
-    SMALL_VOCAB,
-    StreamConfig,
-    held_config,
-    row_splits,
-    small_config,
-    split_config,
-    stream_config,
-    variants,
-)
-from fused_ce.kernels.split import MAX_SPLITS  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
 from fused_ce.rows import Rows, Upstream, empty_gradient  # noqa: E402
-
-VOCABS = sorted({*range(1, 300), *range(300, 1_000_000, 4999), 1_000_000,
-                 *(2**k + d for k in range(20) for d in (-1, 0, 1) if 2**k + d > 0)})  # fmt: skip
-WARPS = [32, 64]
-
-
-def is_power_of_two(n):
-    return n > 0 and n & (n - 1) == 0
-
-
-class TestPolicy:
-    """Pure functions of sizes."""
-
-    @pytest.mark.parametrize("warp_size", WARPS)
-    @pytest.mark.parametrize("element_size", [2, 4, 8])
-    def test_stream(self, warp_size, element_size):
-        for vocab_size in VOCABS:
-            config = stream_config(vocab_size, element_size, warp_size)
-            assert is_power_of_two(config.block_v) and is_power_of_two(config.num_warps)
-            threads = config.num_warps * warp_size
-            assert 64 <= threads <= 1024
-            # one 16-byte vector a thread and tile: no thread idle, none with two
-            assert config.block_v * element_size == 16 * threads
-            assert config.unroll >= 1 and config.held == 0
-            assert config.block_v * config.unroll * element_size <= 64 * threads
-
-    @pytest.mark.parametrize("warp_size", WARPS)
-    @pytest.mark.parametrize("element_size", [2, 4, 8])
-    def test_held(self, warp_size, element_size):
-        for vocab_size in (v for v in VOCABS if v > SMALL_VOCAB):
-            config = held_config(vocab_size, element_size, warp_size)
-            threads = config.num_warps * warp_size
-            assert is_power_of_two(threads) and 64 <= threads <= 1024
-            assert config.block_v * element_size == 16 * threads
-            assert 1 <= config.unroll <= config.held
-            assert config.held * 16 // 4 * threads <= 65536 // 2  # half of the registers
-            capacity = config.held * config.block_v
-            # all of the row, in no more than twice the registers that it needs, or all there are
-            if vocab_size <= capacity:
-                assert capacity < 2 * vocab_size or (threads == 64 and config.held <= 4)
-            else:
-                assert threads == (256 if element_size == 8 else 1024)
-
-    @pytest.mark.parametrize("element_size", [2, 4, 8])
-    def test_splits(self, element_size):
-        for vocab_size in VOCABS:
-            for n_rows in (0, 1, 2, 3, 16, 63, 64, 65, 128, 129, 5000):
-                splits = row_splits(n_rows, vocab_size, element_size)
-                assert 1 <= splits <= MAX_SPLITS
-                if splits > 1:
-                    config = split_config(element_size)
-                    assert vocab_size // splits >= config.block_v * config.unroll  # a step each
-                    assert n_rows * splits <= 1024
-        assert row_splits(1, 256_000, element_size) >= 62
-        assert row_splits(64, 256_000, element_size) == 16
-        assert row_splits(8192, 256_000, element_size) == 1
-
-    @pytest.mark.parametrize("warp_size", WARPS)
-    @pytest.mark.parametrize("element_size", [2, 4, 8])
-    def test_variants_are_all_that_can_be_chosen(self, warp_size, element_size):
-        named = {(v.kernel, v.config) for v in variants(element_size, warp_size)}
-        chosen = set()
-        for vocab_size in VOCABS:
-            for n_rows in (1, 2, 64, 128, 129):
-                chosen.update(launch._choices(n_rows, vocab_size, element_size, warp_size))
-        assert named == chosen
-
-    @pytest.mark.parametrize("element_size", [2, 4, 8])
-    def test_longer_rows_never_get_fewer_threads(self, element_size):
-        warps = [stream_config(v, element_size).num_warps for v in VOCABS]
-        assert warps == sorted(warps)
-
-    @pytest.mark.parametrize("warp_size", WARPS)
-    def test_small(self, warp_size):
-        for vocab_size in range(1, SMALL_VOCAB + 1):
-            config = small_config(vocab_size, warp_size)
-            assert vocab_size <= config.block_v < 2 * vocab_size or vocab_size == 1
-            assert is_power_of_two(config.block_v) and is_power_of_two(config.block_rows)
-            assert is_power_of_two(config.num_warps) and config.num_warps * warp_size <= 1024
-            elements = config.block_rows * config.block_v
-            assert 512 <= elements <= 1024
-            assert elements / (config.num_warps * warp_size) <= 32  # registers
-
-    def test_the_same_on_every_machine(self):
-        """The interpreter must run what a GPU runs: no argument but sizes."""
-        assert stream_config(50257, 2) == stream_config(50257, 2, 32)
-        assert small_config(65) == small_config(65, 32)
 
 
 def guarded(shape, dtype, device, offset=0, padding=2048):
@@ -222,9 +124,9 @@ def test_held_and_streamed_tiles(
     """Rows that fit in the held tiles, and rows that do not, which the policy would not split so
     small: all of them held, some, or nearly none."""
     block_v = 128 * 16 // dtype.itemsize
-    config = StreamConfig(block_v, unroll, 4, held)
-    monkeypatch.setattr(launch, "held_config", lambda *_: config)
-    monkeypatch.setattr(launch, "row_splits", lambda *_: 1)
+    config = policy.StreamConfig(block_v, unroll, 4, held)
+    monkeypatch.setattr(policy, "held_config", lambda *_: config)
+    monkeypatch.setattr(policy, "row_splits", lambda *_: 1)
     values = random_logits(3, vocab_size, dtype=dtype, device=kernel_device)
     logits, _ = inside(values[None], torch.nan, strides=(0, vocab_size + 9, 1), offset=5)
     out = logits if inplace else empty_gradient(logits)
@@ -248,7 +150,7 @@ def test_held_and_streamed_tiles(
 ])  # fmt: skip
 def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smoothing):
     """More programs a row than it has steps, too: some find nothing to do."""
-    monkeypatch.setattr(launch, "row_splits", lambda *_: splits)
+    monkeypatch.setattr(policy, "row_splits", lambda *_: splits)
     values = random_logits(3, 5003, dtype=torch.bfloat16, device=kernel_device)
     values[0, :4000] = -torch.inf  # the first programs of this row find no finite logit
     values[2] = -torch.finfo(torch.bfloat16).max
@@ -269,10 +171,11 @@ def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smo
         upstream=torch.ones_like(loss).cpu(), reduction=reduction, label_smoothing=smoothing,
     )  # fmt: skip
     assert worst(loss, right_loss) <= 2e-6 * abs(right_loss).max()
-    assert worst(out[0], right) <= 4 * torch.finfo(torch.bfloat16).eps * abs(right).max()
     upstream = torch.ones_like(loss)
     launch.backward(Upstream(upstream), Rows(logits, targets, weight), saved, options, other)
-    assert torch.equal(out, other)
+    for gradient in (out, other):  # of two binaries: with an upstream gradient, and without
+        error = worst(gradient[0], right)
+        assert error <= 4 * torch.finfo(torch.bfloat16).eps * abs(right).max()
 
 
 EVERYTHING = dict(label_smoothing=0.1, z_loss=0.02, logit_scale=0.7, softcap=6.0, return_stats=True)
@@ -283,9 +186,9 @@ EVERYTHING = dict(label_smoothing=0.1, z_loss=0.02, logit_scale=0.7, softcap=6.0
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 def test_held_and_streamed_tiles_with_every_option(kernel_device, monkeypatch, held, unroll, dtype,
                                                    kind):  # fmt: skip
-    config = StreamConfig(128 * 16 // dtype.itemsize, unroll, 4, held)
-    monkeypatch.setattr(launch, "held_config", lambda *_: config)
-    monkeypatch.setattr(launch, "row_splits", lambda *_: 1)
+    config = policy.StreamConfig(128 * 16 // dtype.itemsize, unroll, 4, held)
+    monkeypatch.setattr(policy, "held_config", lambda *_: config)
+    monkeypatch.setattr(policy, "row_splits", lambda *_: 1)
     logits = random_logits(3, 5003, dtype=dtype, device=kernel_device)
     targets = random_targets(3, classes=5003, device=kernel_device)
     if kind == "probabilities":
@@ -303,7 +206,7 @@ def test_held_and_streamed_tiles_with_every_option(kernel_device, monkeypatch, h
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 @pytest.mark.parametrize("grad_in_forward", [True, False])
 def test_split_rows_with_every_option(kernel_device, monkeypatch, splits, kind, grad_in_forward):
-    monkeypatch.setattr(launch, "row_splits", lambda *_: splits)
+    monkeypatch.setattr(policy, "row_splits", lambda *_: splits)
     logits = random_logits(3, 5003, dtype=torch.bfloat16, device=kernel_device)
     logits[0, 3000] = 30.0  # the largest is in a later part, twice
     logits[0, 3007] = 30.0

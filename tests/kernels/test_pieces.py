@@ -8,7 +8,6 @@ from oracle import extended, random_logits, random_targets, random_weight
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from fused_ce.kernels.online_softmax import edge_columns, row_offset, split_row, tanh  # noqa: E402
 from fused_ce.kernels.reduce import (  # noqa: E402
     COUNT_BLOCK,
     DIVISOR,
@@ -19,6 +18,8 @@ from fused_ce.kernels.reduce import (  # noqa: E402
     launch_mean_divisor,
     reduce_losses,
 )
+from fused_ce.kernels.row_access import edge_columns, row_offset, split_row  # noqa: E402
+from fused_ce.kernels.transform import tanh  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
 from fused_ce.rows import Rows  # noqa: E402
 

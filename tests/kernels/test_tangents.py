@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 from fused_ce import cpu  # noqa: E402
 from fused_ce.kernels import launch  # noqa: E402
 from fused_ce.kernels.arguments import is_congruent  # noqa: E402
-from fused_ce.kernels.launch import tangents_config  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
 from fused_ce.reference import reference  # noqa: E402
 from fused_ce.rows import Direction, Rows, Upstream, empty_gradient, is_dense  # noqa: E402
@@ -150,16 +149,15 @@ def test_directions_that_are_none(kernel_device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_that_nobody_wants(kernel_device, kind):
     rows, direction, upstream = problem((1, 2, 67), kind, torch.bfloat16, kernel_device)
-    all_results, gradients = tangents(rows, direction, upstream, EVERYTHING)
+    _, gradients = tangents(rows, direction, upstream, EVERYTHING)
     for kept in itertools.product((False, True), repeat=len(gradients)):
         places = [
             torch.full_like(gradient, torch.nan) if keep else None
             for gradient, keep in zip(gradients, kept, strict=True)
         ]
         results = launch.tangents(direction, upstream, rows, EVERYTHING, *places)
-        assert all(torch.equal(*pair) for pair in zip(results, all_results, strict=True))
-        for place, gradient in zip(places, gradients, strict=True):
-            assert place is None or torch.equal(place, gradient)
+        # not bit for bit: each set of gradients is a binary of its own, which rounds as it likes
+        check(rows, direction, upstream, EVERYTHING, results, places)
 
 
 def test_reduction_and_sample_weight_do_not_matter(kernel_device):
@@ -341,15 +339,3 @@ def test_directions_come_to_lie_as_the_logits(kernel_device, monkeypatch, gap, o
         launch.tangents(Direction(logits), upstream, rows, PLAIN)
         assert is_dense(given[-1].logits) and is_congruent(rows.logits, given[-1].logits)
         assert torch.equal(given[-1].logits, logits)
-
-
-@pytest.mark.parametrize("warp_size", [32, 64])
-@pytest.mark.parametrize("element_size", [2, 4, 8])
-@pytest.mark.parametrize("heavy", [False, True])
-def test_config(warp_size, element_size, heavy):
-    for vocab_size in (1, 65, 512, 1025, 6148, 50257, 128256, 1_000_000):
-        config = tangents_config(vocab_size, element_size, warp_size, heavy)
-        threads = config.num_warps * warp_size
-        assert 64 <= threads <= 1024 and threads & (threads - 1) == 0
-        # one 16-byte vector a thread and tile; the edges, of two vectors, one element a thread
-        assert config.block_v * element_size == 16 * threads >= 2 * 16 * 16 // element_size
