@@ -13,7 +13,7 @@ from fused_ce.backend import implementation
 from fused_ce.options import LossOptions
 from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows
-from fused_ce.rows import Result, Rows, Upstream, empty_gradient, overlaps
+from fused_ce.rows import Result, Rows, Upstream, empty_gradient, in_memory, overlaps
 from fused_ce.tracing import graph_is_kept, is_batched_or_dual, saved_tensors_have_hooks
 
 
@@ -265,7 +265,7 @@ def _target_weight(rows, dtype):
 
 def _gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
     """Where the gradient of rows goes: over the logits if asked and possible, else a new buffer."""
-    if options.inplace and not overlaps(logits):
+    if options.inplace and in_memory(logits) is logits and not overlaps(logits):
         return logits.detach()
     return empty_gradient(logits)
 

@@ -133,6 +133,17 @@ def compute_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def in_memory(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor with its elements where they say they are, which a pointer can follow.
+
+    A lazy negative bit (of `x.conj().imag`) stands for elements of the other sign, and a zero
+    tensor, as derivatives hand on, has none at all.
+    """
+    if tensor is None or not (tensor.is_neg() or tensor._is_zerotensor()):
+        return tensor
+    return tensor.clone().resolve_neg()
+
+
 def is_dense(rows: torch.Tensor) -> bool:
     """Whether the vocabulary is the contiguous axis, as the kernels' wide accesses need."""
     return rows.stride(-1) == 1 or rows.shape[-1] == 1

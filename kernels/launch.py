@@ -10,7 +10,18 @@ import contextlib
 import torch
 
 from ..options import LossOptions
-from ..rows import Direction, Result, Rows, Tangents, Upstream, empty_gradient, is_dense, is_packed
+from ..rows import (
+    Direction,
+    Result,
+    Rows,
+    Tangents,
+    Upstream,
+    compute_dtype,
+    empty_gradient,
+    in_memory,
+    is_dense,
+    is_packed,
+)
 from . import policy
 from .arguments import Outputs, RowStatistics, is_congruent, loads_shares
 from .backward import launch_backward, launch_scale
@@ -35,9 +46,10 @@ def forward_with_grad(
 
 
 def _forward(rows, options, unweighted, grad_logits):
+    rows = _as_kernels_take_them(rows)
     logits = rows.logits
     with _on_device(logits):
-        dtype, rows = _compute_dtype(logits), _as_kernels_take_them(rows)
+        dtype = compute_dtype(logits)
         splits = policy.splits_of(logits)
         workspace, counts = _prepare(rows, options, dtype, splits)
         outputs = _outputs(rows, options, dtype, unweighted)
@@ -100,16 +112,16 @@ def backward(
     grad_targets: torch.Tensor | None = None,
 ) -> None:
     """Fills grad_logits (laid out as the logits, or they) and grad_targets, whichever is given."""
+    rows = _as_kernels_take_them(rows)
     logits = rows.logits
     if logits.numel() == 0:
         return
     sums, entropy, *statistics = saved
     with _on_device(logits):
         upstream = _dense_upstream(upstream, logits)
-        rows = _as_kernels_take_them(rows)
         if policy.is_small(logits):
             launch_small(
-                rows, options, sums, None, policy.small_of(logits), _compute_dtype(logits),
+                rows, options, sums, None, policy.small_of(logits), compute_dtype(logits),
                 upstream=upstream, grad_logits=grad_logits, grad_targets=grad_targets,
             )  # fmt: skip
             return
@@ -131,6 +143,7 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
     """out = grad_logits * grad_losses, () or (n_rows,); out may be grad_logits."""
     if grad_logits.numel() == 0:
         return
+    grad_losses = in_memory(grad_losses)
     with _on_device(grad_logits):
         config = policy.stream_of(grad_logits)
         if (
@@ -158,12 +171,13 @@ def tangents(
     Fills grad_logits and grad_targets, where given, with those of what `backward` would write for
     this upstream gradient, (n_rows,) each: a product with the Hessian.
     """
+    rows = _as_kernels_take_them(rows)
     logits = rows.logits
     with _on_device(logits):
-        results = Tangents(*(_per_row(logits, _compute_dtype(logits)) for _ in range(3)))
+        results = Tangents(*(_per_row(logits, compute_dtype(logits)) for _ in range(3)))
         if logits.numel() == 0:
             return results
-        dense = _dense(_as_kernels_take_them(rows))
+        dense = _dense(rows)
         out, out_targets = grad_logits, grad_targets
         if grad_logits is not None and dense.logits is not logits:
             out = dense.logits
@@ -183,6 +197,7 @@ def tangents(
 
 def _beside(tangent, rows):
     """A tangent of dense rows that begins where they do, counted from a 16-byte boundary."""
+    tangent = in_memory(tangent)
     if tangent is None or is_dense(tangent) and is_congruent(rows, tangent):
         return tangent
     return empty_gradient(rows).copy_(tangent)
@@ -195,18 +210,15 @@ def _on_device(tensor: torch.Tensor):
     return getattr(torch, tensor.device.type).device(tensor.device)
 
 
-def _compute_dtype(logits):
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _as_kernels_take_them(rows):
-    """Class and sample weights contiguous: a few bytes a class or row."""
-    weight, sample_weight = rows.weight, rows.sample_weight
-    if weight is None and sample_weight is None:
-        return rows
-    return rows._replace(
-        weight=None if weight is None else weight.contiguous(),
-        sample_weight=None if sample_weight is None else sample_weight.contiguous(),
+    """In memory; class and sample weights contiguous, a few bytes a class or row."""
+    logits, targets, weight, sample_weight, normalizer = map(in_memory, rows)
+    return Rows(
+        logits,
+        targets,
+        None if weight is None else weight.contiguous(),
+        None if sample_weight is None else sample_weight.contiguous(),
+        normalizer,
     )
 
 
@@ -269,7 +281,7 @@ def _prepare(rows, options, dtype, splits):
 def _dense_upstream(upstream, logits):
     """Gradients of stats contiguous, n_rows numbers each; of the loss 0 where it has none, for
     which a kernel would take 1."""
-    loss, lse, entropy = upstream
+    loss, lse, entropy = map(in_memory, upstream)
     return Upstream(
         logits.new_zeros(()) if loss is None else loss,
         None if lse is None else lse.contiguous(),

@@ -4,7 +4,15 @@ import mmap
 
 import pytest
 import torch
-from oracle import assert_as_exact_as_torch, fused, inside, random_logits, random_targets, untouched
+from oracle import (
+    assert_as_exact_as_torch,
+    fused,
+    inside,
+    random_logits,
+    random_targets,
+    random_weight,
+    untouched,
+)
 
 from fused_ce import fused_cross_entropy
 
@@ -312,3 +320,75 @@ def test_targets_beyond_32_bits(fused_device):
             # not bit for bit: targets of another dtype are read by another binary
             torch.testing.assert_close(loss, right, rtol=1e-6, atol=0.0)
             torch.testing.assert_close(gradient, right_gradient, rtol=1e-5, atol=1e-8)
+
+
+def negative(tensor):
+    """The same numbers with torch's lazy negative bit: nobody has computed them yet."""
+    lazy = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert lazy.is_neg() and torch.equal(lazy, tensor)
+    return lazy
+
+
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("vocab_size", [65, 1100])
+def test_lazy_negative_bits(device, vocab_size, inplace, grad_in_forward):
+    """Of every tensor that a pointer is taken of; such logits are not overwritten."""
+    logits = random_logits(4, vocab_size, device=device)
+    targets = random_targets(4, classes=vocab_size, device=device)
+    weight, sample_weight = random_weight(vocab_size, device=device), torch.rand(4, device=device)
+    upstream = torch.tensor(-0.7, device=device)
+    options = dict(grad_in_forward=grad_in_forward, label_smoothing=0.1, z_loss=0.1)
+
+    def results(of, inplace=False):
+        leaf, factors = logits.clone().requires_grad_(), sample_weight.clone().requires_grad_()
+        loss, stats = fused_cross_entropy(
+            of(leaf), targets, of(weight), sample_weight=of(factors), return_stats=True,
+            normalizer=of(torch.tensor(3.0, device=device)), inplace=inplace, **options,
+        )  # fmt: skip
+        torch.autograd.backward([loss, stats.lse], [of(upstream), of(stats.losses.detach())])
+        return loss.detach(), leaf.grad, factors.grad
+
+    if inplace:
+        options["grad_in_forward"] = False  # the gradient of the stats reads the logits again
+    torch.testing.assert_close(results(negative, inplace), results(lambda tensor: tensor))
+
+
+@pytest.mark.parametrize("vocab_size", [65, 1100])
+def test_probabilities_with_a_lazy_negative_bit(device, vocab_size):
+    logits = random_logits(3, vocab_size, device=device)
+    probabilities = random_logits(3, vocab_size, device=device, seed=1).softmax(-1)
+    right = fused_cross_entropy(logits, probabilities)
+    torch.testing.assert_close(
+        fused_cross_entropy(negative(logits), negative(probabilities)), right
+    )
+
+
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("vocab_size", [65, 1100])
+def test_zero_tensors_as_upstream_gradients(device, vocab_size, reduction, grad_in_forward):
+    """They have no memory at all."""
+    logits = random_logits(3, vocab_size, device=device).requires_grad_()
+    targets = random_targets(3, classes=vocab_size, device=device)
+    loss = fused_cross_entropy(
+        logits, targets, reduction=reduction, grad_in_forward=grad_in_forward
+    )
+    loss.backward(torch._efficientzerotensor(loss.shape, device=device))
+    assert (logits.grad == 0).all()
+
+
+def test_lazy_directions_of_second_derivatives(device):
+    logits = random_logits(3, 65, device=device).requires_grad_()
+    targets = random_targets(3, classes=65, device=device)
+    (gradient,) = torch.autograd.grad(
+        fused_cross_entropy(logits, targets), logits, create_graph=True
+    )
+    direction = random_logits(3, 65, device=device, seed=1)
+    grads = [
+        torch.autograd.grad(gradient, logits, of(direction), retain_graph=True)[0]
+        for of in (negative, torch.clone)
+    ]
+    torch.testing.assert_close(*grads)
+    zero = torch._efficientzerotensor(gradient.shape, device=device)
+    assert (torch.autograd.grad(gradient, logits, zero)[0] == 0).all()
