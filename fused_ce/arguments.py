@@ -359,24 +359,33 @@ def check_overwritable(logits: torch.Tensor) -> None:
 
 
 def check_targets_on_host(rows: Rows, options: LossOptions, name: str) -> None:
-    """Raise IndexError with row and value of the first target that is no class and not ignored.
+    """`check_in_range` of a call's targets: never on a GPU unless FUSED_CE_DEBUG asks for it.
 
-    Reads the targets where that costs nothing: never on a GPU unless FUSED_CE_DEBUG asks for it.
+    The CPU's own implementation looks at them anyway, and has no need of this.
     """
-    if torch.jit.is_tracing():
+    looks_itself = name == "cpu" and not rows.has_no_classes
+    if rows.has_probabilities or looks_itself or torch.jit.is_tracing():
         return
     on_host = rows.targets.device.type == "cpu" and name != "triton"
-    if not on_host and os.environ.get("FUSED_CE_DEBUG") != "1":
-        return
-    if rows.has_probabilities or rows.targets.numel() == 0:
-        return
-    flat, vocab_size = rows.targets.reshape(-1).long(), rows.logits.shape[2]
-    lowest, highest = (int(bound) for bound in torch.aminmax(flat))
+    if on_host or os.environ.get("FUSED_CE_DEBUG") == "1":
+        check_in_range(rows.targets.reshape(-1).long(), rows.logits.shape[2], options.ignore_index)
+
+
+def check_in_range(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> tuple[int, int]:
+    """(lowest, highest) of int64 targets (n_rows,), (0, -1) of none.
+
+    Raises:
+        IndexError: with row and value of the first that is no class and not ignored.
+    """
+    if targets.numel() == 0:
+        return 0, -1
+    lowest, highest = (int(bound) for bound in torch.aminmax(targets))
     if lowest < 0 or highest >= vocab_size:
-        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != options.ignore_index)
+        wrong = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise IndexError(
-                f"target {int(flat[row])} of row {row} is out of range: need 0 <= target < "
-                f"{vocab_size}, or ignore_index ({options.ignore_index})"
+                f"target {int(targets[row])} of row {row} is out of range: need 0 <= target < "
+                f"{vocab_size}, or ignore_index ({ignore_index})"
             )
+    return lowest, highest

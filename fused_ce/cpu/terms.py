@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from fused_ce.arguments import check_in_range
 from fused_ce.rows import compute_dtype
 
 
@@ -37,7 +38,7 @@ def row_terms(rows, options) -> RowTerms:
         divisor = _divisor(rows, 1.0, sample_weight, None, options)
         lse = logits.new_empty(logits.shape[0] * logits.shape[1], 1, dtype=dtype)
         return RowTerms(None, None, lse, 1.0, 0.0, weight, sample_weight, divisor)
-    targets, ignored = _valid_targets(rows.targets, options.ignore_index)
+    targets, ignored = _valid_targets(rows.targets, vocab_size, options.ignore_index)
     row_weight, weight_sum = 1.0, vocab_size
     if weight is not None:
         weight_sum = float(weight.sum()) if smoothing else 0.0
@@ -50,13 +51,11 @@ def row_terms(rows, options) -> RowTerms:
 
 
 def _valid_targets(
-    targets: torch.Tensor, ignore_index: int
+    targets: torch.Tensor, vocab_size: int, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Targets (n_rows, 1), all of them classes, and which rows are ignored, if any is."""
     targets = targets.reshape(-1, 1).long()
-    if targets.numel() == 0:
-        return targets, None
-    lowest, highest = (int(bound) for bound in torch.aminmax(targets))
+    lowest, highest = check_in_range(targets.squeeze(1), vocab_size, ignore_index)
     if not lowest <= ignore_index <= highest:
         return targets, None
     ignored = targets == ignore_index
