@@ -70,6 +70,15 @@ def test_test_alone_installs_all(make):
     assert [line for line in lines if "-m pytest" in line] == lines[-1:]
 
 
+def test_the_extras_are_those_of_the_project(make):
+    """And training needs no Triton, which is as large as PyTorch for a CPU."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(installed(make("test"))[1].strip(".[]").split(",")) == set(extras)
+    assert "triton" not in " ".join([*project["dependencies"], *extras["train"]])
+
+
 def test_an_installation_that_fails_is_begun_again(make):
     assert installed(make("test", fails=".[train,")) == [".[train]", ".[train,test,bench,dev,hf]"]
     assert installed(make("test")) == [".[train,test,bench,dev,hf]"]
