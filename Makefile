@@ -14,7 +14,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: train test test-slow test-all gpu lint format bench wheel clean
 
 train: $(TRAIN)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs --overwrite
 
 test: $(DEV)
 	$(PYTEST) -m "not slow"

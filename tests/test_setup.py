@@ -50,6 +50,7 @@ def test_train_installs_what_it_needs_and_says_so_before(make):
     assert "installing PyTorch" in message and " GB" in message
     assert venv.startswith("python -m venv ") and train.startswith(TRAIN)
     assert installed([pip]) == [".[train]"] and "--constraint constraints.txt" in pip
+    assert "--overwrite" in train  # of the run that the first `make train` leaves
     (again,) = make("train")
     assert again == train
 
