@@ -38,7 +38,7 @@ def _patch_the_language_once():
         known = set(map(id, function.__globals__.values()))
         known = frozenset({id(interpreter.tl), id(interpreter.tl.core)} & known)
         if known in patched:
-            return None  # for a device function, which does not ask
+            return interpreter._LangPatchScope()  # with nothing to restore
         scope = patch(function)
         patched.add(known)
         restore = scope.restore
