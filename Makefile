@@ -1,45 +1,63 @@
-# README's two commands are `make train` and `make test`; each does its own set-up.
+# README's two commands are `make train` and `make test`; each installs first what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/gpu
-INSTALLED := $(VENV)/.installed
-
-.PHONY: train test gpu lint format bench wheel clean
-
-# Threads that wait sleep: where something else has a core, spinning makes it ten times slower.
-train: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs
-
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+# What is installed is marked by a file; what is for tests goes on from what is for training.
+TRAIN := $(VENV)/.train
+DEV := $(VENV)/.dev
 # Two workers: the kernels' interpreter is Python, and BabyGPT's steps are short.
-test: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+# Threads that wait sleep: where something else has a core, spinning makes it ten times slower.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: train test test-slow test-all gpu lint format bench wheel clean
+
+train: $(TRAIN)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fused_ce.babygpt train --preset quick --data pydocs --overwrite
+
+test: $(DEV)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(DEV)
+	$(PYTEST) -m slow
+
+# Every test, once.
+test-all: test test-slow
 
 # On a machine with a GPU, with the torch and Triton that it has: tests, times, memory, training.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
+bench: $(DEV)
 	$(BIN)/python -m benchmarks.cpu
 
 # The wheel may only contain fused_ce: `kernels` is the name of another distribution's package.
-wheel: $(INSTALLED)
+wheel: $(DEV)
 	rm -rf dist build
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/python -m tests.check_wheel dist
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,bench,dev,hf]"
-	touch $@
+$(TRAIN): pyproject.toml constraints.txt
+	@echo "$(VENV): installing PyTorch and what BabyGPT needs, once; 1.1 GB, or several where" \
+		"PyTorch comes with CUDA. pip is quiet for minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) ".[train]"
+	@touch $@
+
+$(DEV): $(TRAIN)
+	@echo "$(VENV): installing Triton, transformers and what else tests need, once; 1 GB more." \
+		"pip is quiet for minutes."
+	@$(INSTALL) ".[train,test,bench,dev,hf]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

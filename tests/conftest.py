@@ -22,6 +22,42 @@ for name in ("FUSED_CE_BACKEND", "FUSED_CE_DEBUG"):  # what someone's shell expo
     os.environ.pop(name, None)
 
 
+def _patch_the_language_once():
+    """Make the interpreter three times as fast.
+
+    At a launch it replaces the functions of triton.language, and again at each call of a device
+    function, when all are replaced already: once a launch is enough.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        known = set(map(id, function.__globals__.values()))
+        known = frozenset({id(interpreter.tl), id(interpreter.tl.core)} & known)
+        if known in patched:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        scope = patch(function)
+        patched.add(known)
+        restore = scope.restore
+
+        def restore_and_forget():
+            patched.clear()
+            restore()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    if hasattr(interpreter, "_LangPatchScope"):  # as Triton 3.7 has it
+        interpreter._patch_lang = patch_once
+
+
+if INTERPRETED:
+    _patch_the_language_once()
+
+
 def pytest_configure(config):
     # exp2 of a large negative number and the like: meant, and silent on a GPU
     for message in (

@@ -223,6 +223,7 @@ CHECKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_machine_code_for_sm_90():
     """Every check on every variant, all failures at once: compiling takes the time."""
     reports = machine_code()

@@ -330,6 +330,7 @@ class TestLibrary:
         given = operands(fused_device, probabilities=probabilities)[name]
         torch.library.opcheck(getattr(torch.ops.fused_ce, name).default, given)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["row_losses", "row_gradients", "row_tangents"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("vocab_size", [1, 1100])

