@@ -11,6 +11,7 @@ import torch
 
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, as_rows
+from fused_ce.stats import CrossEntropyStats
 from fused_ce.tracing import jit_trace_paused, saved_tensors_have_hooks
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,20 +20,6 @@ TARGET_DTYPES = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class CrossEntropyStats(NamedTuple):
-    """What a call with `return_stats=True` tells of each target; all have the targets' shape.
-
-    `lse`, `entropy` and `predictions` are of the scaled and capped logits. Ignored targets are 0
-    in them, and -1 in `predictions`; the prediction of a row that holds NaN is any class. Gradients
-    flow through the first three.
-    """
-
-    losses: torch.Tensor  # what reduction="none" returns
-    lse: torch.Tensor  # log(sum(exp(logits)))
-    entropy: torch.Tensor  # of softmax(logits), in nats
-    predictions: torch.Tensor  # the class of the largest of them, the first of several; int64
 
 
 class Call(NamedTuple):

@@ -1,22 +1,16 @@
 """Logits to loss: the public function, and which of the paths below computes it."""
 
 import torch
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_ce.arguments import (
-    CrossEntropyStats,
-    check_memory,
-    check_overwritable,
-    check_targets_on_host,
-    prepare,
-)
+from fused_ce.arguments import check_memory, check_overwritable, check_targets_on_host, prepare
 from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose
 from fused_ce.options import LossOptions
-from fused_ce.overrides import overridden
 from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows
 from fused_ce.rows import Rows
+from fused_ce.stats import CrossEntropyStats
 from fused_ce.tracing import is_traced, is_transformed
 
 
@@ -97,7 +91,7 @@ def fused_cross_entropy(
             reads again.
     """
     if has_torch_function_variadic(logits, targets, weight, sample_weight, normalizer):
-        return overridden(
+        return handle_torch_function(
             fused_cross_entropy, (logits, targets, weight, sample_weight, normalizer),
             logits, targets, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, dim=dim, sample_weight=sample_weight,

@@ -203,12 +203,13 @@ def test_subclasses_get_their_type_back(device, kind, which):
     assert kind is Named or Logged.seen[0] == "fused_cross_entropy"
 
 
-def test_stats_of_a_subclass(device):
+@pytest.mark.parametrize("kind", [Named, Logged], ids=["plain", "with-its-own-function"])
+def test_stats_of_a_subclass(device, kind):
     logits, targets = batch(3, device)
-    leaf = logits.as_subclass(Named).requires_grad_()
+    leaf = logits.as_subclass(kind).requires_grad_()
     loss, stats = fused_cross_entropy(leaf, targets, return_stats=True)
-    assert type(loss) is Named and isinstance(stats, CrossEntropyStats)
-    assert all(type(stat) is Named for stat in stats)
+    assert type(loss) is kind and isinstance(stats, CrossEntropyStats)
+    assert all(type(stat) is kind for stat in stats)
     (loss + stats.lse.sum()).backward()
     plain = logits.detach().requires_grad_()
     loss, stats = fused_cross_entropy(plain, targets, return_stats=True)
