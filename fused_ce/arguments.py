@@ -12,7 +12,7 @@ import torch
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, as_rows
 from fused_ce.stats import CrossEntropyStats
-from fused_ce.tracing import jit_trace_paused, saved_tensors_have_hooks
+from fused_ce.tracing import jit_trace_paused
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (
@@ -334,7 +334,7 @@ def check_overwritable(logits: torch.Tensor) -> None:
 
     Autograd would find out in its backward, and could not say which argument to change.
     """
-    if not (logits.requires_grad and torch.is_grad_enabled()) or saved_tensors_have_hooks():
+    if not (logits.requires_grad and torch.is_grad_enabled()):
         return
     root = logits if logits._base is None else logits._base
     for name in ("_saved_result", "_saved_output"):
