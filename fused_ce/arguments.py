@@ -103,6 +103,9 @@ def _prepare_for_jit(logits, targets, weight, sample_weight, dim, options) -> Ca
     )
     if isinstance(options.normalizer, torch.Tensor):
         rows = rows._replace(normalizer=options.normalizer.detach().to(logits.device))
+    if isinstance(options.ignore_index, torch.Tensor):
+        of_call = options.ignore_index.to(logits.device).flatten()
+        checked = checked._replace(options=replace(checked.options, ignore_index=of_call))
     return checked._replace(rows=rows, batch_shape=logits.select(checked.dim, 0).shape)
 
 

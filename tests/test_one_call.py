@@ -87,6 +87,19 @@ class TestJitTrace:
         given = arguments(4, 7, 6)
         torch.testing.assert_close(trace(*given), call(*given), rtol=1e-12, atol=1e-12)
 
+    def test_another_ignored_class(self, device):
+        """A tensor is an argument of each call, a number is one of the trace."""
+        logits, targets = batch(9, device)
+
+        def call(x, y, ignored):
+            return fused_cross_entropy(x, y, ignore_index=ignored)
+
+        trace = traced(call, logits, targets, torch.tensor(-100))
+        for ignored in targets[:3].cpu():
+            right = F.cross_entropy(logits, targets, ignore_index=int(ignored))
+            torch.testing.assert_close(trace(logits, targets, ignored), right)
+            torch.testing.assert_close(trace(logits, targets, ignored[None]), right)
+
     @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_shapes(self, device, shape, reduction):
