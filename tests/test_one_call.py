@@ -1,5 +1,7 @@
 """Whoever looks on sees one function: jit traces, fx, function modes, subclasses of Tensor."""
 
+import copy
+import io
 import warnings
 
 import pytest
@@ -117,6 +119,20 @@ class TestJitTrace:
         logits, targets = batch(9, device)
         torch.testing.assert_close(trace(logits, targets), module(logits, targets))
 
+    def test_frozen_and_saved_in_a_model(self, device):
+        """The class weights are a buffer of the trace, as of the model."""
+        model = Model().to(device).eval()
+        hidden = torch.randn(9, 8, device=device)
+        trace = traced(model, hidden[:4], random_targets(4, classes=V, device=device))
+        file = io.BytesIO()
+        torch.jit.save(trace, file)
+        file.seek(0)
+        targets = random_targets(9, classes=V, device=device)
+        for again in (torch.jit.load(file), torch.jit.freeze(trace)):
+            torch.testing.assert_close(again(hidden, targets), model(hidden, targets))
+        model.loss.weight.fill_(1.0)[targets[0]] = 5.0
+        torch.testing.assert_close(trace(hidden, targets), model(hidden, targets))
+
     def test_later_targets_out_of_range_poison_their_row(self, device):
         logits, targets = batch(4, device)
         trace = traced(lambda x, y: fused_cross_entropy(x, y, reduction="none"), logits, targets)
@@ -154,9 +170,10 @@ def test_fx_traces_one_function():
     graph = torch.fx.symbolic_trace(model)
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert called.count(fused_cross_entropy) == 2
-    for n_rows in (3, 5):
-        hidden, targets = torch.randn(n_rows, 8), random_targets(n_rows, classes=V)
-        assert torch.equal(graph(hidden, targets), model(hidden, targets))
+    for again in (graph, copy.deepcopy(graph), torch.fx.symbolic_trace(graph)):
+        for n_rows in (3, 5):
+            hidden, targets = torch.randn(n_rows, 8), random_targets(n_rows, classes=V)
+            assert torch.equal(again(hidden, targets), model(hidden, targets))
 
 
 def test_modes_of_functions_see_one_call(device):
