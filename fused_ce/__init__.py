@@ -1,11 +1,11 @@
 """fused_ce: cross-entropy for PyTorch, with its gradient in one pass over the logits."""
 
 from fused_ce import ops as ops  # registers the operators
-from fused_ce.arguments import CrossEntropyStats
 from fused_ce.backend import backend
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.modules import FusedCrossEntropyLoss
 from fused_ce.reference import reference_cross_entropy
+from fused_ce.stats import CrossEntropyStats
 from fused_ce.version import __version__
 
 __all__ = [

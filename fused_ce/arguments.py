@@ -11,7 +11,8 @@ import torch
 
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, as_rows
-from fused_ce.tracing import jit_trace_paused, saved_tensors_have_hooks
+from fused_ce.stats import CrossEntropyStats
+from fused_ce.tracing import jit_trace_paused
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (
@@ -19,20 +20,6 @@ TARGET_DTYPES = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class CrossEntropyStats(NamedTuple):
-    """What a call with `return_stats=True` tells of each target; all have the targets' shape.
-
-    `lse`, `entropy` and `predictions` are of the scaled and capped logits. Ignored targets are 0
-    in them, and -1 in `predictions`; the prediction of a row that holds NaN is any class. Gradients
-    flow through the first three.
-    """
-
-    losses: torch.Tensor  # what reduction="none" returns
-    lse: torch.Tensor  # log(sum(exp(logits)))
-    entropy: torch.Tensor  # of softmax(logits), in nats
-    predictions: torch.Tensor  # the class of the largest of them, the first of several; int64
 
 
 class Call(NamedTuple):
@@ -116,6 +103,9 @@ def _prepare_for_jit(logits, targets, weight, sample_weight, dim, options) -> Ca
     )
     if isinstance(options.normalizer, torch.Tensor):
         rows = rows._replace(normalizer=options.normalizer.detach().to(logits.device))
+    if isinstance(options.ignore_index, torch.Tensor):
+        of_call = options.ignore_index.to(logits.device).flatten()
+        checked = checked._replace(options=replace(checked.options, ignore_index=of_call))
     return checked._replace(rows=rows, batch_shape=logits.select(checked.dim, 0).shape)
 
 
@@ -347,7 +337,7 @@ def check_overwritable(logits: torch.Tensor) -> None:
 
     Autograd would find out in its backward, and could not say which argument to change.
     """
-    if not (logits.requires_grad and torch.is_grad_enabled()) or saved_tensors_have_hooks():
+    if not (logits.requires_grad and torch.is_grad_enabled()):
         return
     root = logits if logits._base is None else logits._base
     for name in ("_saved_result", "_saved_output"):

@@ -1,23 +1,19 @@
 """Logits to loss: the public function, and which of the paths below computes it."""
 
-import torch
-from torch.overrides import has_torch_function_variadic
+from dataclasses import replace
 
-from fused_ce.arguments import (
-    CrossEntropyStats,
-    check_memory,
-    check_overwritable,
-    check_targets_on_host,
-    prepare,
-)
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fused_ce.arguments import check_memory, check_overwritable, check_targets_on_host, prepare
 from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose
 from fused_ce.options import LossOptions
-from fused_ce.overrides import overridden
 from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows
 from fused_ce.rows import Rows
-from fused_ce.tracing import is_traced, is_transformed
+from fused_ce.stats import CrossEntropyStats
+from fused_ce.tracing import is_traced, is_transformed, saved_tensors_have_hooks
 
 
 def fused_cross_entropy(
@@ -67,8 +63,8 @@ def fused_cross_entropy(
         logit_scale: multiplies the logits first; a number, it cannot be learnt.
         softcap: then takes `softcap * tanh(logits / softcap)` of them; None does not.
         inplace: let the gradient overwrite the storage of `logits`, which saves a buffer of their
-            size; where rows share memory, or their batch axes need a copy, and under torch.compile,
-            it does not. Whatever
+            size; where rows share memory, or their batch axes need a copy, under torch.compile, and
+            under hooks on saved tensors (those of a checkpoint, say), it does not. Whatever
             reads the logits afterwards reads the gradient. Their version counter is bumped: a
             backward that needs the logits as they were raises.
         grad_in_forward: True computes the gradient together with the loss, and backward only
@@ -97,7 +93,7 @@ def fused_cross_entropy(
             reads again.
     """
     if has_torch_function_variadic(logits, targets, weight, sample_weight, normalizer):
-        return overridden(
+        return handle_torch_function(
             fused_cross_entropy, (logits, targets, weight, sample_weight, normalizer),
             logits, targets, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, dim=dim, sample_weight=sample_weight,
@@ -129,6 +125,9 @@ def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tens
         return reference(rows, options)
     if has_values:
         check_memory(rows)
+        if options.inplace and saved_tensors_have_hooks():
+            # Who saves through hooks, a checkpoint say, is not told that a tensor was overwritten.
+            options = replace(options, inplace=False)
         if options.inplace:
             check_overwritable(rows.logits)
         return cross_entropy(rows, options, backend)

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from fused_ce.arguments import CrossEntropyStats, check_options
+from fused_ce.arguments import check_options
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.options import LossOptions
+from fused_ce.stats import CrossEntropyStats
 
 OPTIONS = (
     "ignore_index", "reduction", "label_smoothing", "dim", "normalizer", "z_loss", "logit_scale",

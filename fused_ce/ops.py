@@ -15,7 +15,7 @@ UPSTREAM = "Tensor? grad_losses, Tensor? grad_lse, Tensor? grad_entropy"
 KEPT = "Tensor row_max, Tensor row_sum, Tensor row_weight, Tensor entropy"
 NEEDS = "bool needs_logits, bool needs_targets"
 OPTIONS = (
-    "int ignore_index, float label_smoothing, float z_loss, float logit_scale, float? softcap, "
+    "SymInt ignore_index, float label_smoothing, float z_loss, float logit_scale, float? softcap, "
     "bool return_stats, str backend"
 )
 

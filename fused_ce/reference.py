@@ -6,9 +6,10 @@ tensors of the size of the logits.
 
 import torch
 
-from fused_ce.arguments import CrossEntropyStats, check_targets_on_host, prepare
+from fused_ce.arguments import check_targets_on_host, prepare
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, compute_dtype
+from fused_ce.stats import CrossEntropyStats
 
 
 def reference_cross_entropy(

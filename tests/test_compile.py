@@ -153,6 +153,24 @@ class TestCompile:
         for index in (int(targets[0]), int(targets[1]), -7):
             torch.testing.assert_close(compiled(index), step(index))
 
+    def test_ignore_index_as_a_tensor(self, fused_device):
+        """Its value is that of each call."""
+        logits = random_logits(6, V, device=fused_device).requires_grad_()
+        targets = random_targets(6, classes=V, device=fused_device)
+
+        def loss_of(index):
+            return fused_cross_entropy(logits, targets, ignore_index=index)
+
+        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+        for index in (*targets[:2].cpu(), torch.tensor(-7)):
+            loss, right = compiled(index), loss_of(int(index))
+            torch.testing.assert_close(loss, right)
+            (gradient,), (right_gradient,) = (
+                torch.autograd.grad(value, logits) for value in (loss, right)
+            )
+            torch.testing.assert_close(gradient, right_gradient)
+        assert compilations() == 1
+
     @pytest.mark.parametrize("probabilities", [False, True])
     def test_weights_and_probabilities(self, fused_device, probabilities):
         logits = random_logits(6, V, device=fused_device).requires_grad_()

@@ -301,6 +301,20 @@ def test_targets_of_any_integer_dtype(device, dtype, vocab_size):
         assert_as_exact_as_torch(logits, typed, ignore_index=-1)
 
 
+@pytest.mark.parametrize("other", ["weight", "probabilities"])
+def test_the_logits_alone_decide_the_dtype_of_the_loss(device, other):
+    """torch promotes it to float64, of log-probabilities in float32."""
+    logits, double = random_logits(3, 65, device=device), torch.float64
+    weight = random_weight(65, device=device).to(double) if other == "weight" else None
+    probabilities = random_logits(3, 65, device=device, dtype=double, seed=1).softmax(-1)
+    loss, right = (
+        fused_cross_entropy(logits, probabilities, weight),
+        F.cross_entropy(logits, probabilities, weight),
+    )
+    assert (loss.dtype, right.dtype) == (torch.float32, double)
+    torch.testing.assert_close(loss, right.float())
+
+
 def test_uint8_targets_are_not_signed(device):
     """200 is a class, and 156 is not -100."""
     logits = random_logits(3, 256, device=device)

@@ -377,6 +377,33 @@ class TestInplace:
         fused_cross_entropy(30 * torch.tanh(right / 30), targets).backward()
         torch.testing.assert_close(leaf.grad, right.grad)
 
+    def test_a_checkpoint_keeps_what_it_recomputes(self, fused_device, vocab_size, grad_in_forward):
+        """It saves without a version: overwritten, its logits would give a wrong gradient."""
+        logits, targets = a_batch(fused_device, vocab_size)
+
+        def loss_of(x, function, **options):
+            z = 2 * x
+            return z.square().sum() + function(z, targets, **options)
+
+        leaf, right = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        loss_of(right, F.cross_entropy).backward()
+        checkpoint(
+            loss_of, leaf, fused_cross_entropy, use_reentrant=False,
+            inplace=True, grad_in_forward=grad_in_forward,
+        ).backward()  # fmt: skip
+        torch.testing.assert_close(leaf.grad, right.grad)
+
+    def test_hooks_keep_what_they_have_saved(self, fused_device, vocab_size, grad_in_forward):
+        """They may have saved the logits themselves, as save_on_cpu does on a CPU."""
+        logits, targets = a_batch(fused_device, vocab_size)
+        leaf, right = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        F.cross_entropy(right.tanh(), targets).backward()
+        with torch.autograd.graph.save_on_cpu():
+            fused_cross_entropy(
+                leaf.tanh(), targets, inplace=True, grad_in_forward=grad_in_forward
+            ).backward()
+        torch.testing.assert_close(leaf.grad, right.grad)
+
     def test_expanded_logits_are_not_corrupted(self, fused_device, vocab_size, grad_in_forward):
         row = random_logits(vocab_size, device=fused_device)
         before = row.clone()

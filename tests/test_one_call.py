@@ -1,5 +1,7 @@
 """Whoever looks on sees one function: jit traces, fx, function modes, subclasses of Tensor."""
 
+import copy
+import io
 import warnings
 
 import pytest
@@ -87,6 +89,19 @@ class TestJitTrace:
         given = arguments(4, 7, 6)
         torch.testing.assert_close(trace(*given), call(*given), rtol=1e-12, atol=1e-12)
 
+    def test_another_ignored_class(self, device):
+        """A tensor is an argument of each call, a number is one of the trace."""
+        logits, targets = batch(9, device)
+
+        def call(x, y, ignored):
+            return fused_cross_entropy(x, y, ignore_index=ignored)
+
+        trace = traced(call, logits, targets, torch.tensor(-100))
+        for ignored in targets[:3].cpu():
+            right = F.cross_entropy(logits, targets, ignore_index=int(ignored))
+            torch.testing.assert_close(trace(logits, targets, ignored), right)
+            torch.testing.assert_close(trace(logits, targets, ignored[None]), right)
+
     @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_shapes(self, device, shape, reduction):
@@ -103,6 +118,20 @@ class TestJitTrace:
         trace = traced(module, *batch(4, device))
         logits, targets = batch(9, device)
         torch.testing.assert_close(trace(logits, targets), module(logits, targets))
+
+    def test_frozen_and_saved_in_a_model(self, device):
+        """The class weights are a buffer of the trace, as of the model."""
+        model = Model().to(device).eval()
+        hidden = torch.randn(9, 8, device=device)
+        trace = traced(model, hidden[:4], random_targets(4, classes=V, device=device))
+        file = io.BytesIO()
+        torch.jit.save(trace, file)
+        file.seek(0)
+        targets = random_targets(9, classes=V, device=device)
+        for again in (torch.jit.load(file), torch.jit.freeze(trace)):
+            torch.testing.assert_close(again(hidden, targets), model(hidden, targets))
+        model.loss.weight.fill_(1.0)[targets[0]] = 5.0
+        torch.testing.assert_close(trace(hidden, targets), model(hidden, targets))
 
     def test_later_targets_out_of_range_poison_their_row(self, device):
         logits, targets = batch(4, device)
@@ -141,9 +170,10 @@ def test_fx_traces_one_function():
     graph = torch.fx.symbolic_trace(model)
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert called.count(fused_cross_entropy) == 2
-    for n_rows in (3, 5):
-        hidden, targets = torch.randn(n_rows, 8), random_targets(n_rows, classes=V)
-        assert torch.equal(graph(hidden, targets), model(hidden, targets))
+    for again in (graph, copy.deepcopy(graph), torch.fx.symbolic_trace(graph)):
+        for n_rows in (3, 5):
+            hidden, targets = torch.randn(n_rows, 8), random_targets(n_rows, classes=V)
+            assert torch.equal(again(hidden, targets), model(hidden, targets))
 
 
 def test_modes_of_functions_see_one_call(device):
@@ -203,12 +233,13 @@ def test_subclasses_get_their_type_back(device, kind, which):
     assert kind is Named or Logged.seen[0] == "fused_cross_entropy"
 
 
-def test_stats_of_a_subclass(device):
+@pytest.mark.parametrize("kind", [Named, Logged], ids=["plain", "with-its-own-function"])
+def test_stats_of_a_subclass(device, kind):
     logits, targets = batch(3, device)
-    leaf = logits.as_subclass(Named).requires_grad_()
+    leaf = logits.as_subclass(kind).requires_grad_()
     loss, stats = fused_cross_entropy(leaf, targets, return_stats=True)
-    assert type(loss) is Named and isinstance(stats, CrossEntropyStats)
-    assert all(type(stat) is Named for stat in stats)
+    assert type(loss) is kind and isinstance(stats, CrossEntropyStats)
+    assert all(type(stat) is kind for stat in stats)
     (loss + stats.lse.sum()).backward()
     plain = logits.detach().requires_grad_()
     loss, stats = fused_cross_entropy(plain, targets, return_stats=True)

@@ -1,10 +1,12 @@
 """The threads of the CPU path: who computes, in which modes, and what becomes of a failure."""
 
 import _thread
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -142,6 +144,29 @@ class TestFailures:
             fused_cross_entropy(logits, targets)
         monkeypatch.setattr(cpu.passes, "load", load)
         assert torch.equal(fused_cross_entropy(logits, targets), right)
+
+    def test_nothing_of_a_failed_call_is_held(self, monkeypatch):
+        """Whoever is out of memory tries a smaller batch: without the rows of the larger one."""
+
+        def failing(*_):
+            raise MemoryError("not enough")
+
+        monkeypatch.setattr(cpu.passes, "load", failing)
+
+        def call():
+            logits = random_logits(40, 33)
+            with pytest.raises(MemoryError):
+                fused_cross_entropy(logits, random_targets(40, classes=33))
+            return weakref.ref(logits)
+
+        gc.disable()
+        try:
+            held, patience = call(), time.monotonic() + 10
+            while held() is not None and time.monotonic() < patience:
+                time.sleep(0.01)  # a thread may be about to leave its last function
+            assert held() is None
+        finally:
+            gc.enable()
 
     def test_the_others_stop_at_the_next_block(self):
         done = []

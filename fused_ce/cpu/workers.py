@@ -6,7 +6,6 @@ slice of it. Here each thread takes the next block and works on it by itself: it
 start no loop. PyTorch lets go of Python's lock inside of them.
 """
 
-import itertools
 import os
 import queue
 import threading
@@ -26,7 +25,7 @@ class Job:
     ):
         """`worker` makes what a thread calls for each of its blocks."""
         self.blocks, self.worker = blocks, worker
-        self.numbers = itertools.count()  # the interpreter's lock makes each next one whole
+        self.n_taken = 0
         self.is_stopped, self.error = False, None
         self.n_busy, self.lock, self.done = n_threads, threading.Lock(), threading.Lock()
         self.done.acquire()
@@ -37,7 +36,7 @@ class Job:
         try:
             with torch.inference_mode(self.is_inference), torch.no_grad():
                 compute = self.worker()
-                while not self.is_stopped and (number := next(self.numbers)) < len(self.blocks):
+                while not self.is_stopped and (number := self._take()) < len(self.blocks):
                     compute(self.blocks[number])
         except BaseException as raised:
             self.is_stopped, self.error = True, raised
@@ -45,6 +44,12 @@ class Job:
             self.n_busy -= 1
             if self.n_busy == 0:
                 self.done.release()
+
+    def _take(self) -> int:
+        """The number of the next block: nobody gets it twice, the interpreter's lock or no."""
+        with self.lock:
+            self.n_taken += 1
+            return self.n_taken - 1
 
 
 class Pool:
@@ -74,9 +79,12 @@ class Pool:
                     job.done.acquire()
             except BaseException as raised:
                 job.is_stopped, interrupt = True, raised
-        error = interrupt or job.error
+        error, job.error = interrupt or job.error, None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:  # its traceback leads here: a circle, which would hold the rows until a gc
+                del error, interrupt
 
     def _grow(self, n_threads: int) -> None:
         with self.lock:
