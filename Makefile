@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/gpu
-INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# The extra `train`, alone: a PyTorch for GPUs brings its Triton, and one for CPUs does without 0.7 GB of it.
+TRAIN_NEEDS := torch $(shell sed -n 's/^train = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 # What is installed is marked by a file; what is for tests goes on from what is for training.
 TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
@@ -50,13 +52,14 @@ $(TRAIN): pyproject.toml constraints.txt
 	@echo "$(VENV): installing PyTorch and what BabyGPT needs, once; 1.1 GB, or several where" \
 		"PyTorch comes with CUDA. pip is quiet for minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) ".[train]"
+	@$(INSTALL) $(TRAIN_NEEDS)
+	@$(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(DEV): $(TRAIN)
 	@echo "$(VENV): installing Triton, transformers and what else tests need, once; 1 GB more." \
 		"pip is quiet for minutes."
-	@$(INSTALL) ".[train,test,bench,dev,hf]"
+	@$(INSTALL) --editable ".[train,test,bench,dev,hf]"
 	@touch $@
 
 clean:
