@@ -282,7 +282,8 @@ def _check_tensors(logits, targets, weight, sample_weight) -> None:
             f"shape {shape}, got {targets.dtype} {got}"
         )
         if targets.dtype not in LOGITS_DTYPES:
-            raise TypeError(need)
+            hint = ": pass targets.float()" if targets.dtype == torch.bool else ""
+            raise TypeError(need + hint)
         if targets.shape != logits.shape:
             hint = ": class indices come from targets.long()" if len(got) < len(shape) else ""
             raise ValueError(need + hint)
@@ -292,8 +293,7 @@ def _check_tensors(logits, targets, weight, sample_weight) -> None:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
         if not value.is_floating_point():
-            hint = f": pass {name}.float()" if name == "sample_weight" else ""
-            raise TypeError(f"{name} must be floating, got {value.dtype}{hint}")
+            raise TypeError(f"{name} must be floating, got {value.dtype}: pass {name}.float()")
 
 
 def _check_weights(logits, targets, weight, sample_weight, vocab_size, batch_shape) -> None:

@@ -205,6 +205,25 @@ class TestFailures:
             workers.share(range(8), worker)
 
 
+@pytest.mark.parametrize("n_started", [0, 2])
+def test_where_no_more_threads_may_start(monkeypatch, n_started):
+    """Fewer compute, or the caller alone."""
+    monkeypatch.setattr(workers, "_pool", workers.Pool())
+    start, started = threading.Thread.start, []
+
+    def refused(thread):
+        if len(started) == n_started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    logits, targets = random_logits(40, 33), random_targets(40, classes=33)
+    loss = fused_cross_entropy(logits, targets)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets))
+    assert len(started) == n_started and torch.get_num_threads() == 4
+
+
 def test_several_callers_at_once():
     """Threads of a user's own, of DataParallel, of autograd: they share the pool."""
     n_callers, wrong = 6, []

@@ -6,6 +6,7 @@ slice of it. Here each thread takes the next block and works on it by itself: it
 start no loop. PyTorch lets go of Python's lock inside of them.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -67,8 +68,6 @@ class Pool:
         between any two instructions, so what is counted here is right or too low: a thread too many
         finds nothing to do.
         """
-        if self.n_threads < n_threads:
-            self._grow(n_threads)
         n_called, interrupt = 0, None
         while n_called < n_threads or job.n_busy > 0:
             try:
@@ -86,20 +85,27 @@ class Pool:
             finally:  # its traceback leads here: a circle, which would hold the rows until a gc
                 del error, interrupt
 
+    def grown(self, n_threads: int) -> int:
+        """How many threads stand, of so many: fewer where the system lets nobody start more."""
+        if self.n_threads < n_threads:
+            with self.lock:
+                self._grow(n_threads)
+        return min(self.n_threads, n_threads)
+
     def _grow(self, n_threads: int) -> None:
-        with self.lock:
-            standing = threading.Semaphore(0)
-            new = n_threads - self.n_threads
-            for _ in range(new):
+        standing, n_new = threading.Semaphore(0), 0
+        with contextlib.suppress(RuntimeError):  # can't start new thread
+            for _ in range(n_threads - self.n_threads):
                 threading.Thread(
                     target=self._serve, args=(standing,), name="fused_ce", daemon=True
                 ).start()
-            for _ in range(new):
-                standing.acquire()
-            if new > 0:
-                # Theirs was also made the number that threads to come begin with.
-                torch.set_num_threads(torch.get_num_threads())
-                self.n_threads = n_threads
+                n_new += 1
+        for _ in range(n_new):
+            standing.acquire()
+        if n_new > 0:
+            # Theirs was also made the number that threads to come begin with.
+            torch.set_num_threads(torch.get_num_threads())
+            self.n_threads += n_new
 
     def _serve(self, standing: threading.Semaphore) -> None:
         torch.get_num_threads()  # a thread's first look sets its number to everybody's
@@ -118,6 +124,10 @@ def share(blocks: Sequence[Block], worker: Callable[[], Callable[[Block], None]]
     """
     n_threads = min(torch.get_num_threads(), len(blocks))
     if n_threads > 1 and not getattr(_this_thread, "is_worker", False):
+        n_threads = _pool.grown(n_threads)
+    else:
+        n_threads = 0
+    if n_threads > 0:
         _pool.run(Job(blocks, worker, n_threads), n_threads)
         return
     compute = worker()
