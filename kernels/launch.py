@@ -27,6 +27,7 @@ from .arguments import Outputs, RowStatistics, is_congruent, loads_shares
 from .backward import launch_backward, launch_scale
 from .forward import launch_forward
 from .fused import launch_forward_with_grad
+from .policy import row_splits
 from .reduce import Workspace, launch_mean_divisor
 from .small import launch_small
 from .split import launch_split
@@ -50,7 +51,7 @@ def _forward(rows, options, unweighted, grad_logits):
     logits = rows.logits
     with _on_device(logits):
         dtype = compute_dtype(logits)
-        splits = policy.splits_of(logits)
+        splits = _splits(logits)
         workspace, counts = _prepare(rows, options, dtype, splits)
         outputs = _outputs(rows, options, dtype, unweighted)
         statistics = RowStatistics()
@@ -133,7 +134,7 @@ def backward(
             out_targets = torch.empty_like(dense.targets)
         launch_backward(
             upstream, dense, options, sums, statistics, entropy, out, out_targets,
-            policy.stream_of(logits, policy.splits_of(logits)),
+            policy.stream_of(logits, _splits(logits)),
         )  # fmt: skip
         _copy_back(out, grad_logits)
         _copy_back(out_targets, grad_targets)
@@ -201,6 +202,10 @@ def _beside(tangent, rows):
     if tangent is None or is_dense(tangent) and is_congruent(rows, tangent):
         return tangent
     return empty_gradient(rows).copy_(tangent)
+
+
+def _splits(logits):
+    return row_splits(logits.shape[:2].numel(), logits.shape[2], logits.element_size())
 
 
 def _on_device(tensor: torch.Tensor):

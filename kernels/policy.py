@@ -199,11 +199,6 @@ def is_heavy(rows: Rows, options: LossOptions) -> bool:
     return options.return_stats or options.softcap is not None or loads_shares(rows, options)
 
 
-def splits_of(logits: torch.Tensor) -> int:
-    """How many programs share a row of these logits, see `row_splits`."""
-    return row_splits(logits.shape[:2].numel(), logits.shape[2], logits.element_size())
-
-
 def small_of(logits: torch.Tensor) -> SmallConfig:
     """`small_config` of these logits."""
     return small_config(logits.shape[2], warp_size_of(logits.device))

@@ -126,7 +126,7 @@ def test_held_and_streamed_tiles(
     block_v = 128 * 16 // dtype.itemsize
     config = policy.StreamConfig(block_v, unroll, 4, held)
     monkeypatch.setattr(policy, "held_config", lambda *_: config)
-    monkeypatch.setattr(policy, "row_splits", lambda *_: 1)
+    monkeypatch.setattr(launch, "row_splits", lambda *_: 1)
     values = random_logits(3, vocab_size, dtype=dtype, device=kernel_device)
     logits, _ = inside(values[None], torch.nan, strides=(0, vocab_size + 9, 1), offset=5)
     out = logits if inplace else empty_gradient(logits)
@@ -150,7 +150,7 @@ def test_held_and_streamed_tiles(
 ])  # fmt: skip
 def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smoothing):
     """More programs a row than it has steps, too: some find nothing to do."""
-    monkeypatch.setattr(policy, "row_splits", lambda *_: splits)
+    monkeypatch.setattr(launch, "row_splits", lambda *_: splits)
     values = random_logits(3, 5003, dtype=torch.bfloat16, device=kernel_device)
     values[0, :4000] = -torch.inf  # the first programs of this row find no finite logit
     values[2] = -torch.finfo(torch.bfloat16).max
@@ -188,7 +188,7 @@ def test_held_and_streamed_tiles_with_every_option(kernel_device, monkeypatch, h
                                                    kind):  # fmt: skip
     config = policy.StreamConfig(128 * 16 // dtype.itemsize, unroll, 4, held)
     monkeypatch.setattr(policy, "held_config", lambda *_: config)
-    monkeypatch.setattr(policy, "row_splits", lambda *_: 1)
+    monkeypatch.setattr(launch, "row_splits", lambda *_: 1)
     logits = random_logits(3, 5003, dtype=dtype, device=kernel_device)
     targets = random_targets(3, classes=5003, device=kernel_device)
     if kind == "probabilities":
@@ -206,7 +206,7 @@ def test_held_and_streamed_tiles_with_every_option(kernel_device, monkeypatch, h
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 @pytest.mark.parametrize("grad_in_forward", [True, False])
 def test_split_rows_with_every_option(kernel_device, monkeypatch, splits, kind, grad_in_forward):
-    monkeypatch.setattr(policy, "row_splits", lambda *_: splits)
+    monkeypatch.setattr(launch, "row_splits", lambda *_: splits)
     logits = random_logits(3, 5003, dtype=torch.bfloat16, device=kernel_device)
     logits[0, 3000] = 30.0  # the largest is in a later part, twice
     logits[0, 3007] = 30.0
