@@ -10,6 +10,7 @@ from fused_ce.cpu.statistics import (
     empty_sums,
     load,
     load_soft,
+    log_probabilities,
     result_of,
     sum_up,
     with_mean,
@@ -67,6 +68,7 @@ def pass_over_rows(
     logits, vocab_size = rows.logits, rows.logits.shape[2]
     needs_mean = sums.mean is not None or grads is not None and grads.entropy is not None
     needs = _buffers(rows, options, needs_mean, grad_logits)
+    is_plain = grads is None and sums.is_plain and not rows.has_probabilities
     parts = blocks(logits, rows_at_once(logits, any(needs)))
     largest = max((part.stop - part.start for part, *_ in parts), default=0)
 
@@ -81,6 +83,9 @@ def pass_over_rows(
                 work = grad_logits[groups, columns].view(n, vocab_size)
             block = _block(part, work, scratch, terms)
             x = load(logits[groups, columns], block, options)
+            if is_plain:
+                log_probabilities(x, block, sums)
+                return
             if block.soft is not None:
                 load_soft(rows.targets[groups, columns], block, terms, options)
             stats = sum_up(x, block, terms, sums)

@@ -43,6 +43,11 @@ class RowSums(NamedTuple):
     mean: torch.Tensor | None = None
     predictions: torch.Tensor | None = None  # (n_rows,)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss of a class is all that is asked for."""
+        return self.x_target is not None and self.x_smooth is None and self.maximum is None
+
 
 def empty_sums(rows, options, finds_loss=True) -> RowSums:
     """Places for what the options ask of all rows; only for the sum of exp without the loss."""
@@ -114,6 +119,17 @@ def sum_up(x, block, terms, sums) -> RowStats:
         torch.sum(weighted, dim=1, keepdim=True, out=at(sums.x_smooth, rows))
     torch.exp2(work.mul_(LOG2E), out=exp)
     return RowStats(maximum, torch.sum(exp, dim=1, keepdim=True, out=at(sums.exp, rows)))
+
+
+def log_probabilities(x, block, sums) -> None:
+    """What the loss of a class needs and nothing else, from one operation of PyTorch's.
+
+    Three quarters of the time of `sum_up`, which leaves what a gradient is made of.
+    """
+    x = x if x.is_contiguous() else block.work.copy_(x)
+    torch._log_softmax(x, 1, False, out=block.work)
+    torch.gather(block.work, 1, block.targets, out=at(sums.x_target, block.rows))
+    at(sums.exp, block.rows).fill_(1.0)  # the logarithm of the sum is subtracted already
 
 
 def _first_argmax(x, maximum, scratch) -> torch.Tensor:
