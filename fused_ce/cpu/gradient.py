@@ -2,8 +2,8 @@
 
 import torch
 
+from fused_ce.cpu import machine
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
-from fused_ce.cpu.statistics import LOG2E
 from fused_ce.cpu.workers import share
 from fused_ce.rows import compute_dtype
 
@@ -19,7 +19,7 @@ def make_gradient(block, stats, terms, grads, options) -> None:
         of_lse = of_lse + at(grads.lse, rows)
     if grads.entropy is not None:  # its gradient is softmax * (mean - x)
         of_lse = of_lse + at(grads.entropy, rows) * stats.mean
-        work.mul_(at(grads.entropy, rows) / (stats.exp * -LOG2E))
+        work.mul_(at(grads.entropy, rows) / (stats.exp * -machine.UNIT))
         work.addcmul_(exp, of_lse / stats.exp)
     else:
         torch.mul(exp, stats.exp.reciprocal().mul_(of_lse), out=work)
@@ -33,14 +33,21 @@ def make_gradient(block, stats, terms, grads, options) -> None:
     if slope is not None:
         work.mul_(slope)
     if terms.ignored is not None:  # may have held NaN, and 0 * NaN is NaN
-        ignored = at(terms.ignored, rows).squeeze(1).nonzero().squeeze(1)
-        if len(ignored):
-            work.index_fill_(0, ignored, 0.0)
+        _clear(work, at(terms.ignored, rows).squeeze(1).nonzero().squeeze(1))
+
+
+def _clear(work, ignored) -> None:
+    """Zeros in these rows: one by one where they are long, which index_fill_ takes 6 times for."""
+    if work.shape[1] < 1024:
+        work.index_fill_(0, ignored, 0.0)
+        return
+    for row in ignored.tolist():
+        work[row].zero_()
 
 
 def grad_of_soft(block, stats, terms, grads, options) -> torch.Tensor:
     """The gradient of probabilities, (1 - smoothing) * weight * (lse - x)."""
-    log_probs = (block.work / -LOG2E).add_(stats.exp.log())
+    log_probs = (block.work / -machine.UNIT).add_(stats.exp.log())
     log_probs.mul_(at(grads.losses, block.rows) * (1.0 - options.label_smoothing))
     return log_probs if terms.weight is None else log_probs.mul_(terms.weight.T)
 

@@ -4,6 +4,7 @@ import torch
 
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
 from fused_ce.cpu.gradient import grad_of_soft, make_gradient
+from fused_ce.cpu.machine import ask_for_huge_pages
 from fused_ce.cpu.statistics import (
     Block,
     RowSums,
@@ -69,6 +70,9 @@ def pass_over_rows(
     needs_mean = sums.mean is not None or grads is not None and grads.entropy is not None
     needs = _buffers(rows, options, needs_mean, grad_logits)
     is_plain = grads is None and sums.is_plain and not rows.has_probabilities
+    for gradient, of in ((grad_logits, logits), (grad_targets, rows.targets)):
+        if gradient is not None and gradient.data_ptr() != of.data_ptr():
+            ask_for_huge_pages(gradient)
     parts = blocks(logits, rows_at_once(logits, any(needs)))
     largest = max((part.stop - part.start for part, *_ in parts), default=0)
 

@@ -1,14 +1,12 @@
 """Online statistics of the rows of a block, and the loss that all of them make."""
 
-import math
 from typing import NamedTuple
 
 import torch
 
+from fused_ce.cpu import machine
 from fused_ce.cpu.blocks import at
 from fused_ce.rows import Result, compute_dtype
-
-LOG2E = math.log2(math.e)
 
 
 class Block(NamedTuple):
@@ -101,7 +99,7 @@ def load_soft(probabilities, block, terms, options) -> None:
 
 
 def sum_up(x, block, terms, sums) -> RowStats:
-    """What the loss needs of every row; leaves (x - maximum) * LOG2E in work, its powers in exp."""
+    """What the loss needs of every row; leaves (x - maximum) * UNIT in work, its powers in exp."""
     rows, targets, work, exp, soft, _ = block
     maximum = x.amax(dim=1, keepdim=True)
     if sums.maximum is not None:
@@ -117,7 +115,9 @@ def sum_up(x, block, terms, sums) -> RowStats:
         # Not a matrix product: autocast would run it in bfloat16.
         weighted = work if terms.weight is None else work * terms.weight.T
         torch.sum(weighted, dim=1, keepdim=True, out=at(sums.x_smooth, rows))
-    torch.exp2(work.mul_(LOG2E), out=exp)
+    if machine.UNIT != 1.0:
+        work.mul_(machine.UNIT)
+    machine.POWER(work, out=exp)
     return RowStats(maximum, torch.sum(exp, dim=1, keepdim=True, out=at(sums.exp, rows)))
 
 
@@ -147,10 +147,10 @@ def _first_argmax(x, maximum, scratch) -> torch.Tensor:
 
 
 def with_mean(block, stats, sums) -> RowStats:
-    """Adds the mean of x - maximum; leaves (x - maximum) * LOG2E * exp in work."""
+    """Adds the mean of x - maximum; leaves (x - maximum) * UNIT * exp in work."""
     work = block.work
     work.clamp_(min=torch.finfo(work.dtype).min)  # 0 * -inf is 0 in an entropy
-    mean = work.mul_(block.exp).sum(dim=1, keepdim=True).div_(stats.exp * LOG2E)
+    mean = work.mul_(block.exp).sum(dim=1, keepdim=True).div_(stats.exp * machine.UNIT)
     if sums.mean is not None:
         sums.mean[block.rows] = mean
     return stats._replace(mean=mean)

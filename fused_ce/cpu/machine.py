@@ -1,0 +1,50 @@
+"""What depends on the machine: which exponential is fast there, and how large its pages are."""
+
+import contextlib
+import ctypes
+import math
+import sys
+
+import torch
+
+LOG2E = math.log2(math.e)
+HUGE_PAGE = 2 << 20
+MADV_HUGEPAGE = 14  # of Linux
+
+
+def _is_intel() -> bool:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return "GenuineIntel" in file.read(256)  # the first lines of the first core
+    return False
+
+
+# The exponential of d * UNIT. torch.exp is MKL's, which on Intel's processors takes the time of
+# exp2 and spares the product; on AMD's it takes four times that of exp2, which is PyTorch's own.
+POWER, UNIT = (torch.exp, 1.0) if _is_intel() else (torch.exp2, LOG2E)
+
+
+def _madvise():
+    """The system's, or None."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_system_madvise = _madvise()
+
+
+def ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Let the system back memory that nobody has written yet by pages of 2 MiB, if it wants to.
+
+    A gradient comes from the system anew at each call, and the first touch of a page of 4 KiB is
+    most of what writing it costs: 1.64 ns an element of float32 on one core, 0.75 in huge pages,
+    0.50 where the memory was there before.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if _system_madvise is not None and size >= 4 * HUGE_PAGE:
+        first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        last = (tensor.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
+        _system_madvise(first, last - first, MADV_HUGEPAGE)  # it may do nothing
