@@ -36,7 +36,7 @@ SCALE_ROW = 1 << 15  # a contiguous gradient is scaled in pieces of this many el
 
 @triton.jit
 def row_factors(
-    row, target, counts, in_range, weight_ptr, sample_weight_ptr, sums_ptr,
+    row, target, counts, in_range, weight_ptr, sample_weight_ptr, workspace_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
     grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, transform,
     vocab_size, label_smoothing, z_loss, DTYPE: tl.constexpr, PROBS: tl.constexpr,
@@ -59,7 +59,7 @@ def row_factors(
     if grad_losses_ptr is not None:
         grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
     if MEAN:
-        grad_loss /= tl.load(sums_ptr + DIVISOR)
+        grad_loss /= tl.load(workspace_ptr + DIVISOR)
     if sample_weight_ptr is not None:
         grad_loss *= tl.load(sample_weight_ptr + row).to(DTYPE)
     grad_share = grad_loss * smooth[0] if HAS_SMOOTHING else grad_loss
@@ -154,7 +154,7 @@ def write_loaded(
 
 @kernel
 def cross_entropy_backward_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
     grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64,
@@ -183,7 +183,7 @@ def cross_entropy_backward_kernel(
     row_ptr = logits_ptr + row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
 
     factors, grad_target, smooth = row_factors(
-        row, target, counts, in_range, weight_ptr, sample_weight_ptr, sums_ptr,
+        row, target, counts, in_range, weight_ptr, sample_weight_ptr, workspace_ptr,
         row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
         grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, transform,
         vocab_size, label_smoothing, z_loss, DTYPE, PROBS, MEAN, HAS_SMOOTHING, HAS_Z_LOSS,
@@ -273,7 +273,7 @@ def scale_kernel(
 
 
 def launch_backward(
-    upstream, rows, options, sums, statistics, entropy, grad_logits, grad_targets, config
+    upstream, rows, options, workspace, statistics, entropy, grad_logits, grad_targets, config
 ):
     """Fill grad_logits (may be the logits) and grad_targets, whichever is given, from dense rows.
 
@@ -287,7 +287,7 @@ def launch_backward(
     ]
     cross_entropy_backward_kernel.launch(
         (n_groups * rows_per_group, steps),
-        (*rows[:4], sums, *statistics, entropy, *upstream, grad_logits, grad_targets),
+        (*rows[:4], workspace, *statistics, entropy, *upstream, grad_logits, grad_targets),
         (
             upstream.loss.stride(0) if upstream.loss is not None and upstream.loss.dim() else 0,
             rows_per_group, *logits.stride()[:2], *targets.stride()[:2], *strides[0], *strides[1],

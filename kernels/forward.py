@@ -13,7 +13,7 @@ from .transform import transform_of
 
 @kernel
 def cross_entropy_forward_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr, counters_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
     losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
@@ -54,7 +54,7 @@ def cross_entropy_forward_kernel(
     if loss_ptr is not None:
         n_rows = tl.num_programs(0)
         reduce_losses(
-            losses_ptr, loss_ptr, sums_ptr, counters_ptr, row, n_rows, n_rows,
+            losses_ptr, loss_ptr, workspace_ptr, row, n_rows, n_rows,
             1, GROUP_ROWS, SUM_BLOCK, MEAN,
         )  # fmt: skip
 
@@ -65,7 +65,7 @@ def launch_forward(rows, options, workspace, outputs, statistics, config):
     n_groups, rows_per_group, vocab_size = logits.shape
     cross_entropy_forward_kernel.launch(
         (n_groups * rows_per_group, 1),
-        (*rows[:4], workspace.sums, workspace.counters, *outputs, *statistics),
+        (*rows[:4], workspace, *outputs, *statistics),
         (
             rows_per_group, *logits.stride()[:2], *targets.stride()[:2], vocab_size,
             *numbers(options),

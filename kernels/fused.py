@@ -11,7 +11,7 @@ import triton.language as tl
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
 from .online_softmax import row_statistics
-from .reduce import DIVISOR, GROUP_ROWS, SUM_BLOCK, reduce_losses
+from .reduce import GROUP_ROWS, SUM_BLOCK, load_parts, reduce_losses
 from .row_access import (
     beside_interior,
     edge_columns,
@@ -115,7 +115,7 @@ def write_gradient(
 
 @kernel
 def cross_entropy_forward_with_grad_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr, counters_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
     losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr, grad_logits_ptr,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
@@ -148,7 +148,7 @@ def cross_entropy_forward_with_grad_kernel(
         x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(DTYPE)
         grad_loss = derivative_factor(transform, DTYPE)
         if MEAN:
-            grad_loss /= tl.load(sums_ptr + DIVISOR)
+            parts = load_parts(workspace_ptr)
         if sample_weight_ptr is not None:
             grad_loss *= tl.load(sample_weight_ptr + row).to(DTYPE)
         _, _, interior_size = split_row(row_ptr, vocab_size, VEC)
@@ -164,6 +164,8 @@ def cross_entropy_forward_with_grad_kernel(
             predictions_ptr, row_max_ptr, row_sum_ptr, row_weight_ptr, PROBS, HAS_Z_LOSS,
         )  # fmt: skip
 
+        if MEAN:
+            grad_loss /= tl.sum(parts, axis=0)
         row_max, row_sum = statistics[0], statistics[1]
         softmax_factor = softmax_factor_of(row_max, row_sum, lse_factor, z_loss, HAS_Z_LOSS)
         softmax_factor *= grad_loss
@@ -184,7 +186,7 @@ def cross_entropy_forward_with_grad_kernel(
     if loss_ptr is not None:
         n_rows = tl.num_programs(0)
         reduce_losses(
-            losses_ptr, loss_ptr, sums_ptr, counters_ptr, row, n_rows, n_rows,
+            losses_ptr, loss_ptr, workspace_ptr, row, n_rows, n_rows,
             1, GROUP_ROWS, SUM_BLOCK, MEAN,
         )  # fmt: skip
 
@@ -195,7 +197,7 @@ def launch_forward_with_grad(rows, options, workspace, outputs, statistics, grad
     n_groups, rows_per_group, vocab_size = logits.shape
     cross_entropy_forward_with_grad_kernel.launch(
         (n_groups * rows_per_group, 1),
-        (*rows[:4], workspace.sums, workspace.counters, *outputs, *statistics, grad_logits),
+        (*rows[:4], workspace, *outputs, *statistics, grad_logits),
         (
             rows_per_group, *logits.stride()[:2], *targets.stride()[:2], *grad_logits.stride()[:2],
             vocab_size, 0, *numbers(options),

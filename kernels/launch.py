@@ -28,7 +28,7 @@ from .backward import launch_backward, launch_scale
 from .forward import launch_forward
 from .fused import launch_forward_with_grad
 from .policy import row_splits
-from .reduce import Workspace, launch_mean_divisor
+from .reduce import DIVISOR, prepared_workspace
 from .small import launch_small
 from .split import launch_split
 from .tangents import launch_tangents
@@ -52,14 +52,14 @@ def _forward(rows, options, unweighted, grad_logits):
     with _on_device(logits):
         dtype = compute_dtype(logits)
         splits = _splits(logits)
-        workspace, counts = _prepare(rows, options, dtype, splits)
+        workspace = prepared_workspace(rows, options, dtype, splits)
         outputs = _outputs(rows, options, dtype, unweighted)
         statistics = RowStatistics()
         if logits.numel() == 0:
             _fill_empty(outputs.loss, rows, options)
         elif policy.is_small(logits):
             launch_small(
-                rows, options, workspace.sums, workspace.counters, policy.small_of(logits), dtype,
+                rows, options, workspace, policy.small_of(logits), dtype,
                 outputs=outputs, grad_logits=grad_logits,
             )  # fmt: skip
         else:
@@ -67,22 +67,21 @@ def _forward(rows, options, unweighted, grad_logits):
             if is_read_again:
                 statistics = _statistics(rows, options, dtype)
             _forward_of_long_rows(
-                rows, options, workspace, outputs, statistics, grad_logits, splits, counts
+                rows, options, workspace, outputs, statistics, grad_logits, splits
             )
     divisor = None
-    if options.reduction == "mean" and (options.return_stats or unweighted):
-        divisor = workspace.sums[0]
+    is_asked = options.return_stats or unweighted
+    if is_asked and options.reduction == "mean" and workspace is not None:
+        divisor = workspace[DIVISOR.value]
     losses, loss, *asked = outputs
     entropy = outputs.entropy
     if entropy is not None:
         entropy = entropy.clone()  # the user may change the other
-    saved = (workspace.sums, entropy, *statistics)
+    saved = (workspace, entropy, *statistics)
     return Result(losses if loss is None else loss, losses, *asked, divisor, saved)
 
 
-def _forward_of_long_rows(
-    rows, options, workspace, outputs, statistics, grad_logits, splits, counts
-):
+def _forward_of_long_rows(rows, options, workspace, outputs, statistics, grad_logits, splits):
     """One program a row, or several; for a gradient each row is held or read again."""
     logits, dense, out = rows.logits, _dense(rows), grad_logits
     if out is not None and dense.logits is not logits:
@@ -95,10 +94,10 @@ def _forward_of_long_rows(
         launch_forward(dense, options, workspace, outputs, statistics, config)
     else:
         config = policy.stream_of(logits, splits, policy.is_heavy(rows, options))
-        launch_split(dense, options, workspace, outputs, statistics, config, splits, counts)
+        launch_split(dense, options, workspace, outputs, statistics, config, splits)
     if splits > 1 and out is not None:
         launch_backward(
-            Upstream(None), dense, options, workspace.sums, statistics, None, out, None,
+            Upstream(None), dense, options, workspace, statistics, None, out, None,
             policy.stream_of(logits, splits),
         )  # fmt: skip
     _copy_back(out, grad_logits)
@@ -117,12 +116,12 @@ def backward(
     logits = rows.logits
     if logits.numel() == 0:
         return
-    sums, entropy, *statistics = saved
+    workspace, entropy, *statistics = saved
     with _on_device(logits):
         upstream = _dense_upstream(upstream, logits)
         if policy.is_small(logits):
             launch_small(
-                rows, options, sums, None, policy.small_of(logits), compute_dtype(logits),
+                rows, options, workspace, policy.small_of(logits), compute_dtype(logits),
                 upstream=upstream, grad_logits=grad_logits, grad_targets=grad_targets,
             )  # fmt: skip
             return
@@ -133,7 +132,7 @@ def backward(
         if grad_targets is not None and not is_dense(grad_targets):
             out_targets = torch.empty_like(dense.targets)
         launch_backward(
-            upstream, dense, options, sums, statistics, entropy, out, out_targets,
+            upstream, dense, options, workspace, statistics, entropy, out, out_targets,
             policy.stream_of(logits, _splits(logits)),
         )  # fmt: skip
         _copy_back(out, grad_logits)
@@ -260,27 +259,6 @@ def _fill_empty(loss, rows, options):
     if loss is not None:
         divides = rows.normalizer is not None or options.normalizer is not None
         loss.fill_(torch.nan if options.reduction == "mean" and not divides else 0.0)
-
-
-def _prepare(rows, options, dtype, splits):
-    """A workspace with the divisor of a mean in it; and whether it is left to the row kernel.
-
-    Split rows count their targets themselves.
-    """
-    n_rows = rows.logits.shape[:2].numel()
-    is_mean = options.reduction == "mean"
-    workspace = Workspace(
-        rows.logits, dtype, n_row_counters=n_rows if splits > 1 else 0,
-        counts=options.reduction != "none" or splits > 1,
-    )  # fmt: skip
-    divisor = options.normalizer if rows.normalizer is None else rows.normalizer
-    if divisor is None and rows.has_probabilities and rows.sample_weight is None:
-        divisor = n_rows
-    if is_mean and divisor is not None:
-        workspace.sums[0].fill_(divisor)
-    elif is_mean and splits == 1 and n_rows:
-        launch_mean_divisor(rows, workspace, options)
-    return workspace, is_mean and divisor is None and splits > 1
 
 
 def _dense_upstream(upstream, logits):

@@ -13,7 +13,7 @@ from ..rows import Upstream
 from .arguments import Outputs, constants, numbers
 from .dispatch import kernel
 from .online_softmax import lowest_finite, rounded
-from .reduce import DIVISOR, GROUP_ROWS, reduce_losses
+from .reduce import GROUP_ROWS, load_parts, reduce_losses
 from .row_access import NOWHERE, row_offset
 from .targets import (
     class_share,
@@ -104,7 +104,7 @@ def store_rows(
 @triton.jit
 def small_gradients(
     rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum, row_exp_dot,
-    factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr, sums_ptr,
+    factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr, workspace_ptr,
     grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, grad_ptrs, grad_probs_ptrs,
     z_loss, DTYPE: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def small_gradients(
         at = rows.to(tl.int64) * grad_losses_stride
         grad_losses = tl.load(grad_losses_ptr + at, mask=exists, other=0.0).to(DTYPE)
     if MEAN:
-        grad_losses /= tl.load(sums_ptr + DIVISOR)
+        grad_losses /= tl.sum(load_parts(workspace_ptr), axis=0)
     if sample_weight_ptr is not None:
         grad_losses *= tl.load(sample_weight_ptr + rows, mask=exists, other=0.0).to(DTYPE)
     if grad_ptrs is not None:
@@ -146,7 +146,7 @@ def small_gradients(
 
 @kernel
 def cross_entropy_small_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, sums_ptr, counters_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
     losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
     grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
@@ -217,18 +217,18 @@ def cross_entropy_small_kernel(
         small_gradients(
             rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum,
             row_exp_dot, factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr,
-            sums_ptr, grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr,
+            workspace_ptr, grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr,
             grad_ptrs, grad_probs_ptrs, z_loss, DTYPE, SOFT, MEAN, HAS_Z_LOSS,
         )  # fmt: skip
     if loss_ptr is not None:
         reduce_losses(
-            losses_ptr, loss_ptr, sums_ptr, counters_ptr, tl.program_id(0), tl.num_programs(0),
+            losses_ptr, loss_ptr, workspace_ptr, tl.program_id(0), tl.num_programs(0),
             n_rows, BLOCK_ROWS, GROUP_ROWS, SUM_BLOCK, MEAN,
         )  # fmt: skip
 
 
 def launch_small(
-    rows, options, sums, counters, config, dtype,
+    rows, options, workspace, config, dtype,
     *, outputs=NO_OUTPUTS, upstream=NO_UPSTREAM, grad_logits=None, grad_targets=None,
 ):  # fmt: skip
     """Fill outputs, grad_logits (may be the logits) and grad_targets, whichever are given.
@@ -242,7 +242,7 @@ def launch_small(
     strides = [(0, 0, 0) if t is None else t.stride() for t in (grad_logits, grad_targets)]
     cross_entropy_small_kernel.launch(
         (-(-n_rows // config.block_rows), 1),
-        (*rows[:4], sums, counters, *outputs, *upstream, grad_logits, grad_targets),
+        (*rows[:4], workspace, *outputs, *upstream, grad_logits, grad_targets),
         (
             upstream.loss.stride(0) if upstream.loss is not None and upstream.loss.dim() else 0,
             n_rows, rows_per_group, *logits.stride(), *(*targets.stride(), 0)[:3], *strides[0],

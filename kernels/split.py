@@ -10,15 +10,13 @@ import triton.language as tl
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
 from .online_softmax import rebased_dot, rebased_exp_dot, rounded, row_statistics
-from .policy import MAX_SPLIT_ROWS, MAX_SPLITS
+from .policy import MAX_SPLITS
 from .reduce import (
-    DIVISOR,
     GROUP_ROWS,
     ROWS_COMBINED,
     SUM_BLOCK,
     is_last,
     reduce_losses,
-    target_weights,
 )
 from .row_access import NOWHERE, row_offset, split_row
 from .targets import load_target, smooth_of, store_ignored, store_row
@@ -57,15 +55,15 @@ def combine(parts_ptr, row, splits, MAX_SPLITS: tl.constexpr):
 
 @kernel
 def cross_entropy_split_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, parts_ptr, sums_ptr, counters_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, parts_ptr, workspace_ptr,
     losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64, vocab_size: tl.int32,
     part_size: tl.int32, ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64,
     logit_scale: tl.float64, softcap: tl.float64,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, MAX_SPLITS: tl.constexpr, MAX_ROWS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr,
     SOFT: tl.constexpr, CONGRUENT: tl.constexpr, MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +89,7 @@ def cross_entropy_split_kernel(
         )  # fmt: skip
         store_part(parts_ptr + (row * splits + split) * PARTS, part)
 
-    if is_last(counters_ptr + ROWS_COMBINED + row, splits):
+    if is_last(workspace_ptr + ROWS_COMBINED + row, splits):
         if ignored:
             store_ignored(
                 losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row, None
@@ -106,23 +104,15 @@ def cross_entropy_split_kernel(
                 predictions_ptr, row_max_ptr, row_sum_ptr, row_weight_ptr,
                 PROBS, HAS_Z_LOSS,
             )  # fmt: skip
-        if COUNT:
-            # So few targets that each combining program counts them: one launch less.
-            weights = target_weights(
-                targets_ptr, weight_ptr, sample_weight_ptr, tl.arange(0, MAX_ROWS), n_rows,
-                rows_per_group, targets_group_stride, targets_row_stride, vocab_size, ignore_index,
-                DTYPE,
-            )  # fmt: skip
-            tl.store(sums_ptr + DIVISOR, tl.sum(weights, axis=0))
         if loss_ptr is not None:
             reduce_losses(
-                losses_ptr, loss_ptr, sums_ptr, counters_ptr, row, n_rows, n_rows,
+                losses_ptr, loss_ptr, workspace_ptr, row, n_rows, n_rows,
                 1, GROUP_ROWS, SUM_BLOCK, MEAN,
             )  # fmt: skip
 
 
-def launch_split(rows, options, workspace, outputs, statistics, config, splits, counts):
-    """Fill outputs and statistics of dense rows, and with `counts` the divisor of a mean."""
+def launch_split(rows, options, workspace, outputs, statistics, config, splits):
+    """Fill outputs and statistics of dense rows."""
     logits, targets = rows.logits, rows.targets
     n_groups, rows_per_group, vocab_size = logits.shape
     n_rows = n_groups * rows_per_group
@@ -130,7 +120,7 @@ def launch_split(rows, options, workspace, outputs, statistics, config, splits, 
     parts = outputs.losses.new_empty(n_rows * splits * PARTS.value)
     cross_entropy_split_kernel.launch(
         (n_rows, splits),
-        (*rows[:4], parts, workspace.sums, workspace.counters, *outputs, *statistics),
+        (*rows[:4], parts, workspace, *outputs, *statistics),
         (
             rows_per_group, *logits.stride()[:2], *targets.stride()[:2], vocab_size,
             -(-vocab_size // (splits * step)) * step, *numbers(options),
@@ -139,10 +129,8 @@ def launch_split(rows, options, workspace, outputs, statistics, config, splits, 
         BLOCK_V=config.block_v,
         UNROLL=config.unroll,
         MAX_SPLITS=MAX_SPLITS,
-        MAX_ROWS=MAX_SPLIT_ROWS,
         GROUP_ROWS=GROUP_ROWS,
         SUM_BLOCK=SUM_BLOCK,
-        COUNT=counts,
         CONGRUENT=has_congruent_targets(rows),
         **constants(rows, options),
     )  # fmt: skip

@@ -20,10 +20,10 @@ from benchmarks.codegen import Case, accesses  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 FORWARD, FUSED = "cross_entropy_forward_kernel", "cross_entropy_forward_with_grad_kernel"
 SPLIT, BACKWARD = "cross_entropy_split_kernel", "cross_entropy_backward_kernel"
-SMALL, COUNT = "cross_entropy_small_kernel", "mean_divisor_kernel"
+SMALL, PREPARE = "cross_entropy_small_kernel", "prepare_kernel"
 TANGENTS = "cross_entropy_tangents_kernel"
 STREAM = (FORWARD, FUSED, SPLIT, BACKWARD, "scale_kernel")
-REDUCING = (FORWARD, FUSED, SPLIT, SMALL, COUNT)
+REDUCING = (FORWARD, FUSED, SPLIT, SMALL, PREPARE)
 
 # What the variants of plain bfloat16 do not cover, each for a reason of its own.
 OTHERS = [
@@ -229,7 +229,7 @@ CHECKS = [
 def test_machine_code_for_sm_90():
     """Every check on every variant, all failures at once: compiling takes the time."""
     reports = machine_code()
-    assert {report["kernel"] for report in reports} == {*STREAM, SMALL, COUNT, TANGENTS}
+    assert {report["kernel"] for report in reports} == {*STREAM, SMALL, PREPARE, TANGENTS}
     written = [r["gradient_instructions"] is not None for r in reports if r["kernel"] == TANGENTS]
     assert written == len(written) // 2 * [False, True]
     small = [r for r in reports if r["kernel"] == SMALL and r["options"] == "plain"]
@@ -248,7 +248,7 @@ def test_machine_code_for_sm_90():
 @pytest.mark.parametrize("target", [name for name in codegen.TARGETS if name != "sm_90"])
 def test_kernels_compile(target):
     reports = compiled(target, ONE_OF_EACH)
-    assert {*STREAM, SMALL, COUNT, TANGENTS} == {report["kernel"] for report in reports}
+    assert {*STREAM, SMALL, PREPARE, TANGENTS} == {report["kernel"] for report in reports}
     for report in reports:
         stack, most = report.get("stack", 0), allowed_stack(report)
         assert stack <= most, f"{report['kernel']} {report['dtype']} spills"
@@ -277,11 +277,9 @@ def test_a_mean_is_two_launches_and_its_backward_one():
             assert names == {"tangents": [TANGENTS], "tangents of the gradient": [TANGENTS]}
             continue
         small, split = case.vocab_size == 65, case.n_rows == 2
-        # split rows count their targets themselves; the host knows how many probabilities there are
-        first = [COUNT] if not split and case.options != "probabilities" else []
-        assert names["forward"] == [*first, SPLIT if split else SMALL if small else FORWARD]
+        assert names["forward"] == [PREPARE, SPLIT if split else SMALL if small else FORWARD]
         with_grad = [SPLIT, BACKWARD] if split else [SMALL if small else FUSED]
-        assert names["forward_with_grad"] == [*first, *with_grad]
+        assert names["forward_with_grad"] == [PREPARE, *with_grad]
         assert names["backward"] == [SMALL if small else BACKWARD]
         assert names["scale"] == ["scale_kernel"]
 

@@ -11,11 +11,12 @@ import triton.language as tl  # noqa: E402
 from fused_ce.kernels.reduce import (  # noqa: E402
     COUNT_BLOCK,
     DIVISOR,
+    FIRST_PART,
     GROUP_ROWS,
-    PARTIALS,
+    PARTS,
+    REDUCED,
     SUM_BLOCK,
-    Workspace,
-    launch_mean_divisor,
+    prepared_workspace,
     reduce_losses,
 )
 from fused_ce.kernels.row_access import edge_columns, row_offset, split_row  # noqa: E402
@@ -76,16 +77,24 @@ def test_interior_and_edges_cover_a_row_once(kernel_device, dtype):
             assert sorted(columns) == list(range(vocab_size))
 
 
-def divisor_of(targets, weight=None, sample_weight=None, classes=11, ignore_index=-100):
-    """What a mean over rows of these targets divides by."""
-    logits = torch.empty(*targets.shape[:2], classes, device=targets.device)
-    workspace = Workspace(logits[..., :0], torch.float32)
-    rows = Rows(logits, targets, weight, sample_weight)
-    launch_mean_divisor(rows, workspace, LossOptions(ignore_index=ignore_index))
-    return workspace.sums[DIVISOR.value].item()
+def divisor_of(
+    targets, weight=None, sample_weight=None, normalizer=None, *,
+    number=None, classes=11, splits=1, **options,
+):  # fmt: skip
+    """The sum of the parts of what a mean over rows of these targets divides by; the rest is 0."""
+    logits = torch.zeros(*targets.shape[:2], classes, device=targets.device)
+    rows = Rows(logits, targets, weight, sample_weight, normalizer)
+    workspace = prepared_workspace(
+        rows, LossOptions(normalizer=number, **options), torch.float32, splits
+    )
+    n_rows = logits.shape[:2].numel()
+    zeros = workspace[REDUCED.value :]
+    n_zeros = 1 + 2 * -(-n_rows // GROUP_ROWS) + (n_rows if splits > 1 else 0)
+    assert zeros.tolist() == [0] * n_zeros
+    return workspace[FIRST_PART.value : FIRST_PART.value + PARTS.value].sum().item()
 
 
-@pytest.mark.parametrize("n_rows", [1, COUNT_BLOCK + 1, COUNT_BLOCK * PARTIALS + 5], ids=str)
+@pytest.mark.parametrize("n_rows", [1, COUNT_BLOCK + 1, COUNT_BLOCK * PARTS.value + 5], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["", "sample-weight"])
 def test_mean_divisor(kernel_device, n_rows, weighted, sampled):
@@ -100,6 +109,33 @@ def test_mean_divisor(kernel_device, n_rows, weighted, sampled):
     assert divisor == pytest.approx(float(right.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_workspace_of_more_groups_than_a_program_zeroes(kernel_device, monkeypatch, splits,
+                                                         reduction):  # fmt: skip
+    """Every program of the count zeroes some of the counters; without a count, one does."""
+    monkeypatch.setattr("fused_ce.kernels.reduce.COUNT_BLOCK", 16)
+    monkeypatch.setattr("fused_ce.kernels.reduce.GROUP_ROWS", 2)
+    monkeypatch.setitem(globals(), "GROUP_ROWS", 2)
+    targets = random_targets(1, 100, classes=11, device=kernel_device)
+    divisor = divisor_of(targets, splits=splits, reduction=reduction)
+    assert divisor == 100 or reduction == "sum"
+
+
+@pytest.mark.parametrize("normalizer", [
+    pytest.param(7.5, id="number"), pytest.param(torch.tensor(7.5), id="float32"),
+    pytest.param(torch.tensor(7.5, dtype=torch.float64), id="float64"),
+    pytest.param(torch.tensor(7), id="int64"), pytest.param(torch.tensor(7).byte(), id="uint8"),
+    pytest.param(torch.tensor([1.0, 7.5, 1.0]).bfloat16()[1], id="view"),
+])  # fmt: skip
+def test_normalizer_is_the_divisor(kernel_device, normalizer):
+    targets = random_targets(1, 3000, classes=11, device=kernel_device)
+    given = {"number": normalizer}
+    if isinstance(normalizer, torch.Tensor):
+        given = {"normalizer": normalizer.to(kernel_device)}
+    assert divisor_of(targets, **given) == float(normalizer)
+
+
 def test_mean_divisor_of_groups(kernel_device):
     targets = random_targets(40, 60, classes=5, device=kernel_device)[:, 3:50]
     assert divisor_of(targets, classes=5, ignore_index=2) == (targets != 2).sum()
@@ -112,6 +148,7 @@ def test_mean_divisor_of_probabilities(kernel_device):
     sample_weight = random_weight(21, device=kernel_device)
     divisor = divisor_of(probabilities, weight, sample_weight)
     assert divisor == pytest.approx(float(sample_weight.sum()), rel=1e-5)
+    assert divisor_of(probabilities, weight) == 21
 
 
 @triton.jit
@@ -151,7 +188,7 @@ def test_tanh_of_what_is_no_number(kernel_device):
 
 @triton.jit(do_not_specialize=["n_rows"])
 def sum_kernel(
-    values_ptr, losses_ptr, loss_ptr, sums_ptr, counters_ptr, n_rows: tl.int32,
+    values_ptr, losses_ptr, loss_ptr, workspace_ptr, n_rows: tl.int32,
     ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Programs as the loss has them: each stores ROWS losses."""
@@ -159,8 +196,8 @@ def sum_kernel(
     values = tl.load(values_ptr + rows, mask=rows < n_rows)
     tl.store(losses_ptr + rows, values, mask=rows < n_rows)
     reduce_losses(
-        losses_ptr, loss_ptr, sums_ptr, counters_ptr, tl.program_id(0), tl.num_programs(0), n_rows,
-        ROWS, GROUP_ROWS, SUM_BLOCK, MEAN,
+        losses_ptr, loss_ptr, workspace_ptr, tl.program_id(0), tl.num_programs(0), n_rows, ROWS,
+        GROUP_ROWS, SUM_BLOCK, MEAN,
     )  # fmt: skip
 
 
@@ -168,12 +205,16 @@ def sum_kernel(
 @pytest.mark.parametrize("rows, mean", [(1, False), (8, True)], ids=["sum", "mean"])
 def test_sum_of_losses(kernel_device, n_rows, rows, mean):
     values = random_logits(n_rows, dtype=torch.float64, device=kernel_device).abs()
-    workspace = Workspace(values.view(1, -1, 1), torch.float64)
-    workspace.sums[DIVISOR.value] = 32.0
+    targets = torch.zeros(1, n_rows, dtype=torch.long, device=kernel_device)
+    workspace = prepared_workspace(
+        Rows(values.view(1, -1, 1), targets), LossOptions(normalizer=32.0), torch.float64
+    )
     losses = torch.empty_like(values)
     loss = torch.empty((), dtype=torch.float64, device=kernel_device)
     sum_kernel[(-(-n_rows // rows),)](
-        values, losses, loss, workspace.sums, workspace.counters, n_rows,
+        values, losses, loss, workspace, n_rows,
         ROWS=rows, GROUP_ROWS=GROUP_ROWS, SUM_BLOCK=SUM_BLOCK, MEAN=mean,
     )  # fmt: skip
     torch.testing.assert_close(loss, values.sum() / (32 if mean else 1))
+    if mean:
+        assert workspace[DIVISOR.value] == 32
