@@ -6,7 +6,8 @@ row_losses.py, with their derivatives. Their results are told from shapes alone.
 
 import torch
 
-from fused_ce.row_losses import RowGradients, RowLosses
+from fused_ce.options import RowOptions
+from fused_ce.row_losses import RowGradients, RowLosses, kinds_of_results
 from fused_ce.row_tangents import RowTangents, folded
 from fused_ce.rows import compute_dtype, empty_gradient
 
@@ -21,18 +22,8 @@ OPTIONS = (
 
 
 def _row_losses(logits, targets, weight, *options):
-    n_rows = logits.shape[0] * logits.shape[1]
-    return_stats, backend = options[-2:]
-    dtype = compute_dtype(logits)
-    kept = n_rows if backend == "triton" else 0
-    asked = n_rows if return_stats else 0
-    return (
-        logits.new_empty(n_rows, dtype=dtype),
-        logits.new_empty(asked, dtype=dtype),
-        logits.new_empty(asked, dtype=dtype),
-        logits.new_empty(asked, dtype=torch.int64),
-        *(logits.new_empty(kept, dtype=dtype) for _ in range(3)),
-    )
+    kinds = kinds_of_results(logits, targets, weight, RowOptions(*options))
+    return tuple(logits.new_empty(size, dtype=dtype) for size, dtype in kinds)
 
 
 def _row_gradients(grad_losses, grad_lse, grad_entropy, logits, targets, weight, *rest):

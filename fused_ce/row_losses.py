@@ -19,7 +19,7 @@ from fused_ce.arguments import check_targets_on_host
 from fused_ce.backend import implementation
 from fused_ce.options import LossOptions, RowOptions
 from fused_ce.row_tangents import folded, needed_of, places_for, refuse_tangent, row_tangents
-from fused_ce.rows import Rows, Upstream
+from fused_ce.rows import Rows, Upstream, compute_dtype
 from fused_ce.tracing import is_looped_over, is_traced
 
 
@@ -77,6 +77,18 @@ def row_gradients(*args):
     return RowGradients.apply(*args)
 
 
+def kinds_of_results(logits, targets, weight, options):
+    """[(size, dtype)] of the results of `row_losses`, whatever the vocabulary's size, on which a
+    compiled graph should not depend: row_max and row_sum of short rows, which the kernels neither
+    keep nor read, are uninitialised."""
+    n_rows, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits)
+    asked = n_rows if options.return_stats else 0
+    kept = n_rows if options.backend == "triton" else 0
+    has_shares = targets.dim() == 3 or weight is not None and options.label_smoothing > 0.0
+    sizes = n_rows, asked, asked, asked, kept, kept, kept if has_shares else 0
+    return [(size, torch.int64 if at == 3 else dtype) for at, size in enumerate(sizes)]
+
+
 class RowLosses(torch.autograd.Function):
     """Rows to their losses and stats, and what the kernels keep for a gradient.
 
@@ -92,14 +104,13 @@ class RowLosses(torch.autograd.Function):
         rows = Rows(logits, targets, weight)
         check_targets_on_host(rows, options.loss_options, options.backend)
         result = implementation(options.backend).forward(rows, options.loss_options)
-        kept = result.saved[-3:] or (None, None, None)
-        nothing = logits.new_empty(0, dtype=result.loss.dtype)
         found = [result.loss, result.lse, result.entropy, result.predictions]
-        if not options.return_stats:
-            found[1:] = [nothing.clone(), nothing.clone(), nothing.long()]
-        if options.backend == "triton":  # a size that does not depend on that of the vocabulary
-            nothing = torch.zeros_like(result.loss)
-        return *found, *(nothing.clone() if tensor is None else tensor for tensor in kept)
+        found += result.saved[-3:] or (None, None, None)
+        kinds = kinds_of_results(*rows[:3], options)
+        return tuple(
+            logits.new_empty(size, dtype=dtype) if tensor is None else tensor
+            for tensor, (size, dtype) in zip(found, kinds, strict=True)
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -20,6 +20,7 @@ from fused_ce import fused_cross_entropy  # noqa: E402
 from fused_ce.kernels import dispatch, launch, policy  # noqa: E402
 from fused_ce.kernels.arguments import is_congruent  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
+from fused_ce.row_losses import RowLosses  # noqa: E402
 from fused_ce.rows import Rows, Upstream, empty_gradient  # noqa: E402
 
 
@@ -436,3 +437,23 @@ def test_a_loss_is_two_launches_at_most_and_nothing_else(
     of_split = ["cross_entropy_backward_kernel"] if is_scalar and kernel == "split" else []
     assert forward == [*first, f"cross_entropy_{made}_kernel", *of_split]
     assert len(launched) == len(forward) + 1
+
+
+@pytest.mark.parametrize("vocab_size", [65, 1100])
+@pytest.mark.parametrize("return_stats", [False, True])
+@pytest.mark.parametrize("weighted, smoothing", [(False, 0.0), (True, 0.0), (True, 0.1)])
+def test_an_operator_is_one_launch_and_nothing_else(
+    kernel_device, launched, vocab_size, return_stats, weighted, smoothing
+):
+    """What nobody keeps is not filled for the sake of the compiler, which knows its size."""
+    logits = torch.empty(1, 5, vocab_size, device=kernel_device)
+    targets = torch.zeros(1, 5, dtype=torch.long, device=kernel_device)
+    weight = torch.ones(vocab_size, device=kernel_device) if weighted else None
+    options = (-100, smoothing, 0.0, 1.0, None, return_stats, "triton")
+    others = []
+    with operations(others):
+        results = RowLosses.forward(logits, targets, weight, *options)
+    assert others == (["clone"] if return_stats else [])  # the user may change the entropy
+    assert launched == [f"cross_entropy_{'small' if vocab_size == 65 else 'forward'}_kernel"]
+    stats, shares = 5 if return_stats else 0, 5 if weighted and smoothing else 0
+    assert [len(result) for result in results] == [5, stats, stats, stats, 5, 5, shares]
