@@ -4,8 +4,6 @@
 than one derivative, or a graph to compile, gets row_losses.py instead.
 """
 
-from dataclasses import replace
-
 import torch
 from torch.autograd.graph import increment_version
 
@@ -17,17 +15,22 @@ from fused_ce.rows import Result, Rows, Upstream, empty_gradient, in_memory, ove
 from fused_ce.tracing import graph_is_kept, is_batched_or_dual, saved_tensors_have_hooks
 
 
-def cross_entropy(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tensor, ...]:
+def cross_entropy(
+    source: torch.Tensor, rows: Rows, options: LossOptions, backend: str
+) -> tuple[torch.Tensor, ...]:
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats; see rows.py.
 
-    A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
+    A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,). `source` is the logits of
+    the rows, or these without the axis of groups: the backward of a view costs microseconds.
     """
-    needs_grad = [tensor is not None and tensor.requires_grad for tensor in rows]
-    if any(needs_grad) and torch.is_grad_enabled():
-        outputs = FusedCrossEntropy.apply(*rows, options, backend)
+    needs_grad = any([tensor is not None and tensor.requires_grad for tensor in rows])
+    if needs_grad and torch.is_grad_enabled():
+        outputs = FusedCrossEntropy.apply(
+            source, rows.targets, rows.sample_weight, rows, options, backend
+        )
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
-        if any(needs_grad):
+        if needs_grad:
             rows = Rows(*(tensor if tensor is None else tensor.detach() for tensor in rows))
         outputs = _outputs(implementation(backend).forward(rows, options), options)
     if options.return_stats and options.reduction == "none":
@@ -47,13 +50,14 @@ class FusedCrossEntropy(torch.autograd.Function):
     """Loss whose gradient is made in forward, or in backward from the saved row statistics."""
 
     @staticmethod
-    def forward(ctx, logits, targets, weight, sample_weight, normalizer, options, backend):
+    def forward(ctx, source, targets, sample_weight, rows, options, backend):
         """Rows to loss, and stats if asked for; saves what backward needs."""
-        needs_logits, needs_targets, _, needs_sample_weight, *_ = ctx.needs_input_grad
+        needs_logits, needs_targets, needs_sample_weight, *_ = ctx.needs_input_grad
+        logits = rows.logits
         ctx.options, ctx.backend = options, backend
+        ctx.is_grouped = source.dim() == 3
         ctx.implementation, ctx.unsaved = implementation(backend), None
         ctx.set_materialize_grads(False)  # a stat that nobody uses costs backward nothing
-        rows = Rows(logits, targets, weight, sample_weight, normalizer)
         # Probabilities get their gradient from a second reading, which the logits then share.
         ctx.in_forward = (
             needs_logits and not needs_targets and options.makes_grad_in_forward(logits.dtype)
@@ -100,12 +104,12 @@ class FusedCrossEntropy(torch.autograd.Function):
         if not kept:
             ctx.unsaved = None
         if torch.is_grad_enabled() or any(map(is_batched_or_dual, grad_outputs)):
-            return *_differentiable(ctx, grad_outputs, saved, unsaved), None, None
+            return _of_inputs(ctx, *_differentiable(ctx, grad_outputs, saved, unsaved))
         if not saved:
-            return _scaled(ctx, finished, grad_outputs[0], kept), None, None, None, None, None, None
+            return _of_inputs(ctx, _scaled(ctx, finished, grad_outputs[0], kept))
         grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
         rows, (loss, unweighted, divisor, *saved) = Rows(*saved[:5]), saved[5:]
-        needs_logits, needs_targets, _, needs_sample_weight, *_ = ctx.needs_input_grad
+        needs_logits, needs_targets, needs_sample_weight, *_ = ctx.needs_input_grad
         grad_logits = grad_targets = grad_sample_weight = None
         if grad_loss is None and grad_losses is None:
             needs_targets = needs_sample_weight = False  # lse and entropy know nothing of them
@@ -122,7 +126,14 @@ class FusedCrossEntropy(torch.autograd.Function):
                 ctx, Upstream(upstream, grad_lse, grad_entropy), rows, finished, tuple(saved),
                 options, needs_logits, needs_targets, kept,
             )  # fmt: skip
-        return grad_logits, grad_targets, None, grad_sample_weight, None, None, None
+        return _of_inputs(ctx, grad_logits, grad_targets, grad_sample_weight)
+
+
+def _of_inputs(ctx, grad_logits, grad_targets=None, grad_sample_weight=None):
+    """The gradients of what `FusedCrossEntropy.forward` was given."""
+    if grad_logits is not None and not ctx.is_grouped:
+        grad_logits = grad_logits.squeeze(0)  # the derivative of [0] would fill a buffer
+    return grad_logits, grad_targets, grad_sample_weight, None, None, None
 
 
 def _versions(rows: Rows) -> list[int | None]:
@@ -160,8 +171,9 @@ def _differentiable(ctx, grad_outputs, saved, unsaved):
         if grad is not None and output.requires_grad
     ]
     if not used:
-        return (None,) * 5
-    needed = [tensor for tensor, needs in zip(rows, ctx.needs_input_grad, strict=False) if needs]
+        return (None,) * 3
+    inputs = rows.logits, rows.targets, rows.sample_weight
+    needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
     grads = iter(
         torch.autograd.grad(
             [output for output, _ in used],
@@ -171,7 +183,7 @@ def _differentiable(ctx, grad_outputs, saved, unsaved):
             allow_unused=True,
         )  # fmt: skip
     )
-    return [next(grads) if needs else None for needs in ctx.needs_input_grad[:5]]
+    return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
 
 
 def _of_outputs(grads, options):
@@ -201,7 +213,7 @@ def _merged(grad_loss, grad_losses, divisor, options):
         return grad_loss, options
     if grad_loss is not None:
         grad_losses = grad_losses + (grad_loss if divisor is None else grad_loss / divisor)
-    return grad_losses, replace(options, reduction="none", normalizer=None)
+    return grad_losses, options._replace(reduction="none", normalizer=None)
 
 
 def _second_reading(

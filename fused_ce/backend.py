@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
 import warnings
@@ -109,6 +110,7 @@ def is_interpreted() -> bool:
     return not isinstance(forward.cross_entropy_forward_kernel.jitted, triton.JITFunction)
 
 
+@functools.cache
 def implementation(name: str) -> ModuleType:
     """The module behind a name of `choose`; Triton is imported here and nowhere earlier."""
     if name == "triton":

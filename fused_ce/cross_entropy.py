@@ -105,13 +105,18 @@ def fused_cross_entropy(
         logit_scale, softcap, return_stats,
     )  # fmt: skip
     call = prepare(logits, targets, weight, sample_weight, dim, options)
-    return call.returned(_compute(call.rows, call.options, choose(logits.device)))
+    is_matrix = logits.dim() == 2 and call.dim == 1
+    source = logits if is_matrix else call.rows.logits
+    return call.returned(_compute(source, call.rows, call.options, choose(logits.device)))
 
 
-def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tensor, ...]:
+def _compute(
+    source: torch.Tensor, rows: Rows, options: LossOptions, backend: str
+) -> tuple[torch.Tensor, ...]:
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats; see rows.py.
 
-    A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,).
+    A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,). `source` is the logits of
+    the rows, or these without the axis of groups.
     """
     # A jit trace records what it sees: the implementations read targets, which would be constants.
     if torch.jit.is_tracing():
@@ -130,5 +135,5 @@ def _compute(rows: Rows, options: LossOptions, backend: str) -> tuple[torch.Tens
             options = replace(options, inplace=False)
         if options.inplace:
             check_overwritable(rows.logits)
-        return cross_entropy(rows, options, backend)
+        return cross_entropy(source, rows, options, backend)
     return cross_entropy_of_rows(rows, options, backend)

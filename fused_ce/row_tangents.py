@@ -7,7 +7,7 @@ every order. What all three links share stands at the end.
 import torch
 
 from fused_ce.backend import implementation
-from fused_ce.options import LossOptions, RowOptions
+from fused_ce.options import RowOptions
 from fused_ce.reference import reference
 from fused_ce.rows import Direction, Rows, Upstream, empty_gradient
 from fused_ce.tracing import is_looped_over, is_traced
@@ -99,7 +99,7 @@ def dense_tangents(
     def both(*primals):
         return *rows(*primals), *gradients(*primals)
 
-    asked = LossOptions(**{**options.__dict__, "return_stats": True})
+    asked = options._replace(return_stats=True)
     primals = (logits, targets) if soft else (logits,)
     directions = (logits_direction, targets_direction)[: len(primals)]
     found = _jvp(both, primals, _like(primals, directions))

@@ -6,7 +6,6 @@ Also the in-forward route's backward: grad_logits * grad_losses, which is nothin
 import triton
 import triton.language as tl
 
-from ..rows import is_packed
 from .arguments import constants, has_congruent_targets, numbers
 from .dispatch import kernel
 from .reduce import DIVISOR
@@ -301,19 +300,20 @@ def launch_backward(
     )  # fmt: skip
 
 
-def launch_scale(grad_logits, grad_losses, out, config):
+def launch_scale(grad_logits, grad_losses, out, config, any_order=False):
     """out = grad_logits * grad_losses, which is () or (n_rows,); out may be grad_logits.
 
-    Rows are dense, but for a scalar factor and storage without gaps (see `is_packed`).
+    Rows are dense; in `any_order` both only fill their storage without gaps, the factor is ().
     """
     n_groups, rows_per_group, row_size = grad_logits.shape
     n_rows, n_elements = n_groups * rows_per_group, grad_logits.numel()
-    strides = (*grad_logits.stride()[:2], *out.stride()[:2])
     one_factor = grad_losses.dim() == 0
-    if one_factor and is_packed(grad_logits) and out.stride() == grad_logits.stride():
+    if any_order:
         # one long row in any order: a row of 65 classes would leave most of a tile empty
         n_rows, row_size = -(-n_elements // SCALE_ROW), SCALE_ROW
         rows_per_group, strides = n_rows, (0, SCALE_ROW, 0, SCALE_ROW)
+    else:
+        strides = (*grad_logits.stride()[:2], *out.stride()[:2])
     grad_stride = 0 if one_factor else grad_losses.stride(0)
     scale_kernel.launch(
         (min(n_rows, SCALE_PROGRAMS), 1),

@@ -33,6 +33,10 @@ from .small import launch_small
 from .split import launch_split
 from .tangents import launch_tangents
 
+HERE = contextlib.nullcontext()
+NO_MORE = (None, None, None)  # than logits and targets
+NO_STATISTICS = RowStatistics()
+
 
 def forward(rows: Rows, options: LossOptions, unweighted: bool = False) -> Result:
     """The loss, and what else was asked for; `saved` is for `backward`."""
@@ -54,7 +58,7 @@ def _forward(rows, options, unweighted, grad_logits):
         splits = _splits(logits)
         workspace = prepared_workspace(rows, options, dtype, splits)
         outputs = _outputs(rows, options, dtype, unweighted)
-        statistics = RowStatistics()
+        statistics = NO_STATISTICS
         if logits.numel() == 0:
             _fill_empty(outputs.loss, rows, options)
         elif policy.is_small(logits):
@@ -149,9 +153,9 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
         if (
             grad_losses.dim() == 0
             and is_packed(grad_logits)
-            and out.stride() == grad_logits.stride()
+            and (out is grad_logits or out.stride() == grad_logits.stride())
         ):
-            launch_scale(grad_logits, grad_losses, out, config)
+            launch_scale(grad_logits, grad_losses, out, config, any_order=True)
             return
         source, dense_out = _dense_pair(grad_logits, out)
         launch_scale(source, grad_losses, dense_out, config)
@@ -209,13 +213,17 @@ def _splits(logits):
 
 def _on_device(tensor: torch.Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, tensor.device.type).device(tensor.device)
+    device = tensor.device
+    if device.type == "cpu":
+        return HERE
+    module = getattr(torch, device.type)
+    return HERE if module.current_device() == device.index else module.device(device)
 
 
 def _as_kernels_take_them(rows):
     """In memory; class and sample weights contiguous, a few bytes a class or row."""
+    if rows[2:] == NO_MORE and not any([t.is_neg() or t._is_zerotensor() for t in rows[:2]]):
+        return rows  # as nearly always
     logits, targets, weight, sample_weight, normalizer = map(in_memory, rows)
     return Rows(
         logits,
@@ -227,24 +235,20 @@ def _as_kernels_take_them(rows):
 
 
 def _per_row(logits, dtype):
-    return torch.empty(logits.shape[:2].numel(), dtype=dtype, device=logits.device)
+    n_groups, rows_per_group, _ = logits.shape
+    return torch.empty(n_groups * rows_per_group, dtype=dtype, device=logits.device)
 
 
 def _outputs(rows, options, dtype, unweighted):
     """Places for what was asked for; no loss without a reduction."""
-    logits, loss = rows.logits, None
+    logits, loss, stats = rows.logits, None, ()
     if options.reduction != "none":
         loss = torch.empty((), dtype=dtype, device=logits.device)
-    outputs = Outputs(_per_row(logits, dtype), loss)
-    if unweighted:
-        outputs = outputs._replace(unweighted=_per_row(logits, dtype))
     if options.return_stats:
-        outputs = outputs._replace(
-            lse=_per_row(logits, dtype),
-            entropy=_per_row(logits, dtype),
-            predictions=_per_row(logits, torch.int64),
-        )
-    return outputs
+        stats = [_per_row(logits, kind) for kind in (dtype, dtype, torch.int64)]
+    return Outputs(
+        _per_row(logits, dtype), loss, _per_row(logits, dtype) if unweighted else None, *stats
+    )
 
 
 def _statistics(rows, options, dtype):

@@ -1,6 +1,5 @@
 """Second derivatives: those of rows and of their gradients along a direction."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ def tangents(
     Fills grad_logits and grad_targets, where given, with those of what `backward` would write for
     this upstream gradient, (n_rows,) each: a product with the Hessian.
     """
-    logits, options = rows.logits, replace(options, reduction="none")
+    logits, options = rows.logits, options._replace(reduction="none")
     terms = row_terms(rows, options)
     sums = empty_sums(rows, options, finds_loss=False)
     grads = grad_terms(terms, upstream, sums, options)
