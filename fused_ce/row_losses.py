@@ -78,9 +78,8 @@ def row_gradients(*args):
 
 
 def kinds_of_results(logits, targets, weight, options):
-    """[(size, dtype)] of the results of `row_losses`, whatever the vocabulary's size, on which a
-    compiled graph should not depend: row_max and row_sum of short rows, which the kernels neither
-    keep nor read, are uninitialised."""
+    """[(size, dtype)] of the results of `row_losses`, whatever the vocabulary's size: a compiled
+    graph should not depend on it. The kernels never read row_max and row_sum of short rows."""
     n_rows, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits)
     asked = n_rows if options.return_stats else 0
     kept = n_rows if options.backend == "triton" else 0
@@ -103,7 +102,7 @@ class RowLosses(torch.autograd.Function):
         options = RowOptions(*options)
         rows = Rows(logits, targets, weight)
         check_targets_on_host(rows, options.loss_options, options.backend)
-        result = implementation(options.backend).forward(rows, options.loss_options)
+        result = implementation(options.backend).forward(rows, options.loss_options, keep=True)
         found = [result.loss, result.lse, result.entropy, result.predictions]
         found += result.saved[-3:] or (None, None, None)
         kinds = kinds_of_results(*rows[:3], options)

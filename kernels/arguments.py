@@ -28,6 +28,9 @@ class RowStatistics(NamedTuple):
     row_weight: torch.Tensor | None = None  # where shares are loaded
 
 
+NO_STATISTICS = RowStatistics()
+
+
 def loads_shares(rows: Rows, options: LossOptions) -> bool:
     """Whether every class has a share in a target, and it takes a load to know it."""
     is_weighted = rows.weight is not None and options.label_smoothing > 0.0

@@ -23,7 +23,7 @@ from ..rows import (
     is_packed,
 )
 from . import policy
-from .arguments import Outputs, RowStatistics, is_congruent, loads_shares
+from .arguments import NO_STATISTICS, Outputs, RowStatistics, is_congruent, loads_shares
 from .backward import launch_backward, launch_scale
 from .forward import launch_forward
 from .fused import launch_forward_with_grad
@@ -35,12 +35,16 @@ from .tangents import launch_tangents
 
 HERE = contextlib.nullcontext()
 NO_MORE = (None, None, None)  # than logits and targets
-NO_STATISTICS = RowStatistics()
 
 
-def forward(rows: Rows, options: LossOptions, unweighted: bool = False) -> Result:
-    """The loss, and what else was asked for; `saved` is for `backward`."""
-    return _forward(rows, options, unweighted, None)
+def forward(
+    rows: Rows, options: LossOptions, unweighted: bool = False, keep: bool = False
+) -> Result:
+    """The loss, and what else was asked for; `saved` is for `backward`.
+
+    Its last three are the statistics of rows, with `keep` those that `backward` need not read too.
+    """
+    return _forward(rows, options, unweighted, None, keep)
 
 
 def forward_with_grad(
@@ -50,7 +54,7 @@ def forward_with_grad(
     return _forward(rows, options, unweighted, grad_logits)
 
 
-def _forward(rows, options, unweighted, grad_logits):
+def _forward(rows, options, unweighted, grad_logits, keep=False):
     rows = _as_kernels_take_them(rows)
     logits = rows.logits
     with _on_device(logits):
@@ -62,9 +66,11 @@ def _forward(rows, options, unweighted, grad_logits):
         if logits.numel() == 0:
             _fill_empty(outputs.loss, rows, options)
         elif policy.is_small(logits):
+            if keep:
+                statistics = _statistics(rows, options, dtype)
             launch_small(
                 rows, options, workspace, policy.small_of(logits), dtype,
-                outputs=outputs, grad_logits=grad_logits,
+                outputs=outputs, statistics=statistics, grad_logits=grad_logits,
             )  # fmt: skip
         else:
             is_read_again = grad_logits is None or options.return_stats or splits > 1

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..rows import Upstream
-from .arguments import Outputs, constants, numbers
+from .arguments import NO_STATISTICS, Outputs, constants, numbers
 from .dispatch import kernel
 from .online_softmax import lowest_finite, rounded
 from .reduce import GROUP_ROWS, load_parts, reduce_losses
@@ -148,6 +148,7 @@ def small_gradients(
 def cross_entropy_small_kernel(
     logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
     losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
+    row_max_ptr, row_sum_ptr, row_weight_ptr,
     grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
     logits_group_stride: tl.int64, logits_row_stride: tl.int64, logits_class_stride: tl.int64,
@@ -202,6 +203,11 @@ def cross_entropy_small_kernel(
             losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, sample_weight_ptr,
             rows, exists, counts, losses, x, cols, row_max, row_sum, row_exp_dot,
         )  # fmt: skip
+        if row_max_ptr is not None:
+            tl.store(row_max_ptr + rows, row_max, mask=exists)
+            tl.store(row_sum_ptr + rows, row_sum, mask=exists)
+        if row_weight_ptr is not None:
+            tl.store(row_weight_ptr + rows, row_weight, mask=exists)
     grad_ptrs, grad_probs_ptrs = None, None
     if grad_logits_ptr is not None:
         grad_ptrs = columns_of(
@@ -229,9 +235,11 @@ def cross_entropy_small_kernel(
 
 def launch_small(
     rows, options, workspace, config, dtype,
-    *, outputs=NO_OUTPUTS, upstream=NO_UPSTREAM, grad_logits=None, grad_targets=None,
+    *, outputs=NO_OUTPUTS, statistics=NO_STATISTICS, upstream=NO_UPSTREAM, grad_logits=None,
+    grad_targets=None,
 ):  # fmt: skip
-    """Fill outputs, grad_logits (may be the logits) and grad_targets, whichever are given.
+    """Fill outputs, statistics, grad_logits (may be the logits) and grad_targets, whichever are
+    given.
 
     The gradients of upstream are (n_rows,), that of the loss () too; None for it stands for 1.
     """
@@ -242,7 +250,7 @@ def launch_small(
     strides = [(0, 0, 0) if t is None else t.stride() for t in (grad_logits, grad_targets)]
     cross_entropy_small_kernel.launch(
         (-(-n_rows // config.block_rows), 1),
-        (*rows[:4], workspace, *outputs, *upstream, grad_logits, grad_targets),
+        (*rows[:4], workspace, *outputs, *statistics, *upstream, grad_logits, grad_targets),
         (
             upstream.loss.stride(0) if upstream.loss is not None and upstream.loss.dim() else 0,
             n_rows, rows_per_group, *logits.stride(), *(*targets.stride(), 0)[:3], *strides[0],

@@ -22,8 +22,10 @@ from fused_ce.options import LossOptions
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype, is_dense
 
 
-def forward(rows: Rows, options: LossOptions, unweighted: bool = False) -> Result:
-    """The loss of rows, and what else options ask for; see rows.py."""
+def forward(
+    rows: Rows, options: LossOptions, unweighted: bool = False, keep: bool = False
+) -> Result:
+    """The loss of rows, and what else options ask for; see rows.py. There is nothing to `keep`."""
     terms = row_terms(rows, options)
     sums = empty_sums(rows, options)
     pass_over_rows(rows, options, terms, sums)
