@@ -1,7 +1,5 @@
 """Logits to loss: the public function, and which of the paths below computes it."""
 
-from dataclasses import replace
-
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -132,7 +130,7 @@ def _compute(
         check_memory(rows)
         if options.inplace and saved_tensors_have_hooks():
             # Who saves through hooks, a checkpoint say, is not told that a tensor was overwritten.
-            options = replace(options, inplace=False)
+            options = options._replace(inplace=False)
         if options.inplace:
             check_overwritable(rows.logits)
         return cross_entropy(source, rows, options, backend)

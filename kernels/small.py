@@ -86,10 +86,16 @@ def small_shares(weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT: tl.
 
 @triton.jit
 def store_rows(
-    losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, sample_weight_ptr,
-    rows, exists, counts, losses, x, cols, row_max, row_sum, row_exp_dot,
+    losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr, row_sum_ptr,
+    row_weight_ptr, sample_weight_ptr, rows, exists, counts, losses, x, cols, row_max, row_sum,
+    row_exp_dot, row_weight,
 ):  # fmt: skip
     """What was asked for of rows, ignored ones included."""
+    if row_max_ptr is not None:
+        tl.store(row_max_ptr + rows, row_max, mask=exists)
+        tl.store(row_sum_ptr + rows, row_sum, mask=exists)
+    if row_weight_ptr is not None:
+        tl.store(row_weight_ptr + rows, row_weight, mask=exists)
     store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, rows, losses, counts)
     ignored = exists & (counts == 0)
     store_ignored(losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, rows, ignored)
@@ -146,18 +152,16 @@ def small_gradients(
 
 @kernel
 def cross_entropy_small_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
-    losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
-    row_max_ptr, row_sum_ptr, row_weight_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr, losses_ptr, loss_ptr,
+    unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr, row_sum_ptr, row_weight_ptr,
     grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64, n_rows: tl.int32, rows_per_group: tl.int32,
     logits_group_stride: tl.int64, logits_row_stride: tl.int64, logits_class_stride: tl.int64,
     targets_group_stride: tl.int64, targets_row_stride: tl.int64, targets_class_stride: tl.int64,
     grad_group_stride: tl.int64, grad_row_stride: tl.int64, grad_class_stride: tl.int64,
     grad_targets_group_stride: tl.int64, grad_targets_row_stride: tl.int64,
-    grad_targets_class_stride: tl.int64, vocab_size: tl.int32,
-    ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64,
-    logit_scale: tl.float64, softcap: tl.float64,
+    grad_targets_class_stride: tl.int64, vocab_size: tl.int32, ignore_index: tl.int64,
+    label_smoothing: tl.float64, z_loss: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
     DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_ROWS: tl.constexpr,
     SUM_BLOCK: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
     SOFT: tl.constexpr, MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -200,14 +204,10 @@ def cross_entropy_small_kernel(
         x_target = tl.sum(tl.where(is_target, x, 0.0), axis=1)
         losses = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
         store_rows(
-            losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, sample_weight_ptr,
-            rows, exists, counts, losses, x, cols, row_max, row_sum, row_exp_dot,
+            losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr,
+            row_sum_ptr, row_weight_ptr, sample_weight_ptr, rows, exists, counts, losses, x, cols,
+            row_max, row_sum, row_exp_dot, row_weight,
         )  # fmt: skip
-        if row_max_ptr is not None:
-            tl.store(row_max_ptr + rows, row_max, mask=exists)
-            tl.store(row_sum_ptr + rows, row_sum, mask=exists)
-        if row_weight_ptr is not None:
-            tl.store(row_weight_ptr + rows, row_weight, mask=exists)
     grad_ptrs, grad_probs_ptrs = None, None
     if grad_logits_ptr is not None:
         grad_ptrs = columns_of(

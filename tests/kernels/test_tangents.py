@@ -1,7 +1,6 @@
 """Derivatives along a direction, beside those that autograd finds of the reference in float64."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def problem(shape, kind, dtype, device, weighted=True):
 
 def right_tangents(rows, direction, upstream, options):
     """(tangents, the tangents of the gradients of what has a direction) by autograd, in float64."""
-    options = replace(options, reduction="none", return_stats=True)
+    options = options._replace(reduction="none", return_stats=True)
     logits, targets, weight = (
         t.detach().cpu().double() if t is not None and t.is_floating_point() else t
         for t in (rows.logits, rows.targets.cpu(), rows.weight)
@@ -96,7 +95,7 @@ def compare(rows, direction, upstream, options):
 
 
 KINDS = ["classes", "probabilities"]
-SMOOTH = replace(PLAIN, label_smoothing=0.2)
+SMOOTH = PLAIN._replace(label_smoothing=0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +162,7 @@ def test_gradients_that_nobody_wants(kernel_device, kind):
 def test_reduction_and_sample_weight_do_not_matter(kernel_device):
     rows, direction, upstream = problem((1, 3, 65), "classes", torch.float32, kernel_device)
     sampled = rows._replace(sample_weight=upstream.lse, normalizer=upstream.lse[0])
-    results, (gradient,) = tangents(sampled, direction, upstream, replace(PLAIN, reduction="mean"))
+    results, (gradient,) = tangents(sampled, direction, upstream, PLAIN._replace(reduction="mean"))
     check(rows, direction, upstream, PLAIN, results, (gradient,))
 
 
@@ -206,7 +205,7 @@ class TestRowsOfAKind:
 
     @pytest.mark.parametrize("options", [
         pytest.param(PLAIN, id="plain"),
-        pytest.param(replace(PLAIN, z_loss=0.1, logit_scale=2.0), id="scale"),
+        pytest.param(PLAIN._replace(z_loss=0.1, logit_scale=2.0), id="scale"),
     ])  # fmt: skip
     def test_logits_of_minus_infinity(self, kernel_device, options):
         """All but the last few, for one; a whole step of them comes first in any dtype."""
