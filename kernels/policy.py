@@ -196,7 +196,7 @@ def is_small(logits: torch.Tensor) -> bool:
 
 def is_heavy(rows: Rows, options: LossOptions) -> bool:
     """Whether the statistics of a row take many more registers than those of a softmax."""
-    return options.return_stats or options.softcap is not None or loads_shares(rows, options)
+    return options.softcap is not None or loads_shares(rows, options)
 
 
 def splits_of(logits: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ import triton.language as tl
 from .row_access import elements_of, tile_columns
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -17,8 +18,9 @@ def exp_of(difference):
 @triton.jit
 def finite(difference):
     # Of a logit and its maximum: where exp of it is 0 in any dtype, 0 times it has to be 0 too, and
-    # 0 times its product with an upstream gradient, which would overflow at the lowest float.
-    return tl.maximum(difference, -2000.0)
+    # 0 times its product with an upstream gradient, which would overflow at the lowest float. NaN
+    # stays, so that exp of the result is exp of the difference.
+    return tl.maximum(difference, -2000.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
