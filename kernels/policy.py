@@ -196,7 +196,8 @@ def is_small(logits: torch.Tensor) -> bool:
 
 def is_heavy(rows: Rows, options: LossOptions) -> bool:
     """Whether the statistics of a row take many more registers than those of a softmax."""
-    return options.softcap is not None or loads_shares(rows, options)
+    each = options.return_stats, options.softcap is not None, options.label_smoothing > 0.0
+    return loads_shares(rows, options) or all(each)
 
 
 def splits_of(logits: torch.Tensor) -> int:

@@ -44,7 +44,8 @@ OTHERS = [
     Case(6148, "float32", "weight, smoothing"),
     Case(50257, "float64", "weight, smoothing"),
     Case(50257, "float32", "everything"),
-    Case(50257, "float32", "softcap"),
+    *(Case(50257, dtype, "softcap") for dtype in ("float16", "float32")),
+    Case(50257, "bfloat16", "softcap", n_rows=2),
     Case(6148, "bfloat16", "probabilities"),
     Case(65, "bfloat16", "everything"),
     Case(50257, "bfloat16", tangents=True, misaligned=3),
@@ -192,7 +193,12 @@ def check_budget(report):
             assert statistics + gradient <= 14.0
     if report["options"] == "stats":
         assert statistics <= 10.0 and (gradient or 0.0) <= 7.0
-        assert report["kernel"] != FUSED or report["num_warps"] == 32
+    if report["options"] == "softcap":
+        # float16 takes more to unpack, a part of a row to say where it lies
+        more = 0.6 if report["dtype"] == "float16" or report["kernel"] == SPLIT else 0.0
+        assert statistics <= 20.0 + more and (gradient or 0.0) <= 23.0 + more
+    if report["options"] in ("stats", "softcap"):
+        assert report["kernel"] != FUSED or report["num_warps"] == 32  # so 64 registers
 
 
 def check_order_of_memory(report):
