@@ -23,7 +23,7 @@ from .row_access import (
     tile_columns,
 )
 from .targets import class_share, smooth_of
-from .transform import exp_of, finite, logits_of, transformed
+from .transform import LN2, LOG2E, exp_of, finite, logits_of, transformed
 
 
 @triton.jit
@@ -109,22 +109,48 @@ def rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max):
 
 
 @triton.jit
-def entropy_update(part_exp_dot, part_sum, part_argmax, old_max, new_max, tiles, first_col):
-    """Tiles whose first column is first_col into (sum of exp(d) * d, the first column that has the
-    maximum) [R], where d is x - max; part_sum is still that of old_max."""
+def entropy_update(part_max, part_sum, part_exp_dot, part_place, tiles, start):
+    """`online_update`, with the sum of exp(d) * d, where d is x - max in base 2, and the place of
+    the first tile that had the maximum [R].
+
+    One product and one clamp an element; which column it was is found when the row is read. The
+    maximum starts at -inf, below the lowest finite float, or that would have no place.
+    """
     BLOCK_V: tl.constexpr = tiles[0].shape[0] * tiles[0].shape[1]
-    cols, _ = tile_columns(BLOCK_V, tiles[0].shape[1])
-    terms = tl.zeros(tiles[0].shape, part_sum.dtype)
-    place = tl.full(tiles[0].shape, NOWHERE, tl.int32)
+    lowest = lowest_finite(part_sum.dtype)
+    new_max = part_max
     for tile in tl.static_range(len(tiles)):
-        difference = tiles[tile] - new_max[:, None]
-        terms += exp_of(difference) * finite(difference)
-        is_max = tiles[tile] == new_max[:, None]
-        place = tl.minimum(place, tl.where(is_max, first_col + tile * BLOCK_V + cols, NOWHERE))
-    part_exp_dot = rebased_exp_dot(part_exp_dot, part_sum, old_max, new_max)
-    argmax = tl.min(place, axis=1)
-    argmax = tl.where(new_max > old_max, argmax, tl.minimum(part_argmax, argmax))
-    return part_exp_dot + tl.sum(terms, axis=1), argmax
+        tile_max = tl.max(tiles[tile], axis=1)
+        part_place = tl.where(tile_max > new_max, start + tile * BLOCK_V, part_place)
+        new_max = tl.maximum(new_max, tile_max)
+    base = tl.maximum(new_max, lowest)
+    moved = finite(tl.maximum(part_max, lowest) - base) * LOG2E
+    rebase = tl.exp2(moved)
+    part_sum *= rebase
+    part_exp_dot = part_exp_dot * rebase + part_sum * moved
+    for tile in tl.static_range(len(tiles)):
+        difference = finite(tiles[tile] - base[:, None]) * LOG2E
+        exps = tl.exp2(difference)
+        part_sum += tl.sum(exps, axis=1)
+        part_exp_dot += tl.sum(exps * difference, axis=1)
+    return new_max, part_sum, part_exp_dot, part_place
+
+
+@triton.jit
+def first_column_of(places, candidates, row_ptr, shift, hi, transform, DTYPE: tl.constexpr):
+    """The first column of the maximum of a row, which rows [R] of tiles have that are candidates,
+    in the tiles at `places`: those are read again."""
+    VEC: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    _, interior_ptr, _ = split_row(row_ptr, hi, VEC)
+    cols, first = tile_columns(places.shape[0] * VEC, VEC)
+    places = tl.where(candidates, places, 0)[:, None]
+    mask = candidates[:, None] & (first + places < hi)
+    x = tl.load(interior_ptr + places + cols, mask=mask, other=0.0)
+    x, _ = transformed(x.to(DTYPE), transform)
+    x = tl.where(mask, x, float("-inf"))
+    # The maximum of what was read: the compiler may round a transformed logit in another way here.
+    is_max = mask & (x == tl.max(x, axis=1)[:, None])
+    return tl.min(tl.min(tl.where(is_max, shift + places + cols, NOWHERE), axis=1), axis=0)
 
 
 @triton.jit
@@ -133,18 +159,22 @@ def statistics_update(
     BLOCK_V: tl.constexpr, SOFT: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """Tiles, `start` columns into the interior, which begins at column `shift`."""
-    part_max, part_sum, part_dot, part_weight, part_exp_dot, part_argmax = part
-    new_max, new_sum = online_update(part_max, part_sum, tiles)
+    part_max, part_sum, part_dot, part_weight, part_exp_dot, part_place = part
+    if STATS:
+        new_max, new_sum, part_exp_dot, part_place = entropy_update(
+            part_max, part_sum, part_exp_dot, part_place, tiles, start
+        )
+    else:
+        new_max, new_sum = online_update(part_max, part_sum, tiles)
     if SOFT:
+        lowest = lowest_finite(new_sum.dtype)
+        old_base = tl.maximum(part_max, lowest) if STATS else part_max
+        new_base = tl.maximum(new_max, lowest) if STATS else new_max
         part_dot, part_weight = soft_update(
-            part_dot, part_weight, part_max, new_max, tiles, weight_interior_ptr,
+            part_dot, part_weight, old_base, new_base, tiles, weight_interior_ptr,
             probs_interior_ptr, smooth, start, size, BLOCK_V,
         )  # fmt: skip
-    if STATS:
-        part_exp_dot, part_argmax = entropy_update(
-            part_exp_dot, part_sum, part_argmax, part_max, new_max, tiles, shift + start
-        )
-    return new_max, new_sum, part_dot, part_weight, part_exp_dot, part_argmax
+    return new_max, new_sum, part_dot, part_weight, part_exp_dot, part_place
 
 
 @triton.jit
@@ -188,7 +218,8 @@ def row_statistics(
         probs_interior_ptr = beside_interior(probs_row_ptr, shift, VEC, CONGRUENT)
     zeros = tl.zeros([BLOCK_V // VEC], DTYPE)
     nowhere = tl.full([BLOCK_V // VEC], NOWHERE, tl.int32)
-    part = (zeros + lowest_finite(DTYPE), zeros, zeros, zeros, zeros, nowhere)
+    maximum = zeros + (float("-inf") if STATS else lowest_finite(DTYPE))
+    part = (maximum, zeros, zeros, zeros, zeros, nowhere)
 
     # Between pairs and loaded shares the compiler would exchange elements through shared memory.
     LOADS: tl.constexpr = SOFT and (weight_ptr is not None or probs_row_ptr is not None)
@@ -221,16 +252,16 @@ def row_statistics(
             )  # fmt: skip
     edge, is_edge = edge_columns(skew, interior_size, tl.where(has_edges, vocab_size, 0), VEC)
     return with_edges(part, row_ptr, weight_ptr, probs_row_ptr, transform, smooth, edge, is_edge,
-                      DTYPE, SOFT, STATS), held  # fmt: skip
+                      shift, hi, DTYPE, SOFT, STATS), held  # fmt: skip
 
 
 @triton.jit
 def with_edges(
     part, row_ptr, weight_ptr, probs_row_ptr, transform, smooth, edge, is_edge,
-    DTYPE: tl.constexpr, SOFT: tl.constexpr, STATS: tl.constexpr,
+    shift, hi, DTYPE: tl.constexpr, SOFT: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """The statistics of all threads and of the edge columns as those of the row."""
-    part_max, part_sum, part_dot, part_weight, part_exp_dot, part_argmax = part
+    part_max, part_sum, part_dot, part_weight, part_exp_dot, part_place = part
     x, _ = transformed(tl.load(row_ptr + edge, mask=is_edge, other=0.0).to(DTYPE), transform)
     x = tl.where(is_edge, x, float("-inf"))
     row_max = tl.maximum(tl.max(part_max, axis=0), tl.max(x, axis=0))
@@ -249,11 +280,13 @@ def with_edges(
         row_weight = tl.sum(part_weight, axis=0) + tl.sum(tl.where(is_edge, share, 0.0), axis=0)
     row_exp_dot, row_argmax = tl.full([], 0.0, DTYPE), tl.full([], 0, tl.int32)
     if STATS:
+        part_exp_dot *= LN2
         exp_dots = rebased_exp_dot(part_exp_dot, part_sum, part_max, row_max)
         row_exp_dot = tl.sum(exp_dots, axis=0)
         row_exp_dot += tl.sum(rounded(exps * finite(difference)), axis=0)
+        candidates = (part_max == row_max) & (part_place != NOWHERE)
         row_argmax = tl.minimum(
-            tl.min(tl.where(part_max == row_max, part_argmax, NOWHERE), axis=0),
+            first_column_of(part_place, candidates, row_ptr, shift, hi, transform, DTYPE),
             tl.min(tl.where(x == row_max, edge, NOWHERE), axis=0),
         )
     return row_max, row_sum, row_dot, row_weight, row_exp_dot, row_argmax

@@ -37,11 +37,12 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class SmallConfig:
-    """`block_rows` whole rows of up to `block_v` columns a program."""
+    """`block_rows` whole rows of up to `block_v` columns a program, each on `lanes` threads."""
 
     block_rows: int
     block_v: int
     num_warps: int
+    lanes: int
 
 
 @functools.cache
@@ -99,15 +100,17 @@ def _power_of_two(at_least):
 
 @functools.cache
 def small_config(vocab_size: int, warp_size: int = 32) -> SmallConfig:
-    """512 elements a warp of 32: 16 each, so that a few copies of them fit in registers.
+    """One warp, 16 elements a thread, so that a few copies of them fit in registers; 32 from V =
+    513 on.
 
-    What a row costs once (its target, its addresses) every thread pays for every row of the tile,
-    so a program takes few rows: 55 instructions an element at V = 65 against 145 for 16 rows.
+    They are of one row, on as few lanes as hold it: what a row costs once (its target, its
+    addresses, its sums over lanes) a warp then pays once for several rows. 56 instructions an
+    element at V = 65, loss and gradient, where every lane had columns of every row 113.
     """
     block_v = _power_of_two(vocab_size)
-    block_rows = max(1, 512 // block_v)
-    num_warps = max(1, block_rows * block_v // (16 * warp_size))
-    return SmallConfig(block_rows=block_rows, block_v=block_v, num_warps=num_warps)
+    lanes = min(warp_size, max(1, block_v // 16))
+    block_rows = max(warp_size // lanes, 512 // block_v)
+    return SmallConfig(block_rows=block_rows, block_v=block_v, num_warps=1, lanes=lanes)
 
 
 @functools.cache
@@ -196,7 +199,8 @@ def is_small(logits: torch.Tensor) -> bool:
 
 def is_heavy(rows: Rows, options: LossOptions) -> bool:
     """Whether the statistics of a row take many more registers than those of a softmax."""
-    return options.return_stats or options.softcap is not None or loads_shares(rows, options)
+    each = options.return_stats, options.softcap is not None, options.label_smoothing > 0.0
+    return loads_shares(rows, options) or all(each)
 
 
 def small_of(logits: torch.Tensor) -> SmallConfig:

@@ -40,7 +40,19 @@ def columns_of(
 ):  # fmt: skip
     """Where the elements [rows, cols] lie."""
     offsets = row_offset(rows, rows_per_group, group_stride, row_stride, GROUPED)
-    return ptr + offsets[:, None] + at_class(cols, class_stride, DENSE)
+    return ptr + of_rows(offsets) + at_class(cols, class_stride, DENSE)
+
+
+@triton.jit
+def of_rows(values):
+    """One a row, for each of its columns."""
+    return values[None, :, None]
+
+
+@triton.jit
+def sum_of_rows(tile):
+    """Of columns [steps, rows, lanes], a thread adds up its own steps first."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)
 
 
 @triton.jit
@@ -63,11 +75,11 @@ def load_targets(targets_ptrs, exists, ignore_index, vocab_size, PROBS: tl.const
 @triton.jit
 def small_statistics(x):
     """(max, sum of exp(d), sum of exp(d) * d, d, exp(d)) of rows, where d is x - max."""
-    row_max = tl.maximum(tl.max(x, axis=1), lowest_finite(x.dtype))
-    difference = x - row_max[:, None]
+    row_max = tl.maximum(tl.max(tl.max(x, axis=0), axis=1), lowest_finite(x.dtype))
+    difference = x - of_rows(row_max)
     exps = exp_of(difference)
-    row_exp_dot = tl.sum(rounded(exps * finite(difference)), axis=1)
-    return row_max, tl.sum(exps, axis=1), row_exp_dot, difference, exps
+    row_exp_dot = sum_of_rows(rounded(exps * finite(difference)))
+    return row_max, sum_of_rows(exps), row_exp_dot, difference, exps
 
 
 @triton.jit
@@ -77,10 +89,10 @@ def small_shares(weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT: tl.
     if SOFT:
         share = class_share(weight_ptrs, probs_ptrs, smooth, is_read, difference)
         share = tl.where(is_read, share, 0.0)
-        row_dot = tl.sum(tl.where(is_read, share * difference, 0.0), axis=1)
-        return share, row_dot, tl.sum(share, axis=1)
+        row_dot = sum_of_rows(tl.where(is_read, share * difference, 0.0))
+        return share, row_dot, sum_of_rows(share)
     else:
-        zeros = tl.zeros([share.shape[0]], share.dtype)
+        zeros = tl.zeros([share.shape[1]], share.dtype)
         return share, zeros, zeros
 
 
@@ -100,7 +112,7 @@ def store_rows(
     ignored = exists & (counts == 0)
     store_ignored(losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, rows, ignored)
     if lse_ptr is not None:
-        row_argmax = tl.min(tl.where(x == row_max[:, None], cols, NOWHERE), axis=1)
+        row_argmax = tl.min(tl.min(tl.where(x == of_rows(row_max), cols, NOWHERE), axis=0), axis=1)
         store_stats(
             lse_ptr, entropy_ptr, predictions_ptr, rows, row_max, row_sum, row_exp_dot, row_argmax,
             counts,
@@ -109,7 +121,7 @@ def store_rows(
 
 @triton.jit
 def small_gradients(
-    rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum, row_exp_dot,
+    rows, exists, counts, mask, exps, difference, share, slope, row_max, row_sum, row_exp_dot,
     factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr, workspace_ptr,
     grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, grad_ptrs, grad_probs_ptrs,
     z_loss, DTYPE: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
@@ -129,22 +141,21 @@ def small_gradients(
         softmax_factor *= grad_losses
         if grad_lse_ptr is not None:
             softmax_factor += tl.load(grad_lse_ptr + rows, mask=exists).to(DTYPE) / row_sum
-        grad = exps * softmax_factor[:, None]
+        grad = exps * of_rows(softmax_factor)
         if grad_entropy_ptr is not None:
             factor = tl.load(grad_entropy_ptr + rows, mask=exists).to(DTYPE) / row_sum
-            from_mean = (row_exp_dot / row_sum)[:, None] - finite(difference)
-            grad += exps * (factor[:, None] * from_mean)
-        grad -= tl.where(is_target, (grad_losses * target_factor)[:, None], 0.0)
+            from_mean = of_rows(row_exp_dot / row_sum) - finite(difference)
+            grad += exps * (of_rows(factor) * from_mean)
+        grad -= tl.where(is_target, of_rows(grad_losses * target_factor), 0.0)
         if SOFT:
-            grad -= (grad_losses * class_factor)[:, None] * share
+            grad -= of_rows(grad_losses * class_factor) * share
         grad *= slope * derivative_factor(transform, DTYPE)
-        grad = tl.where(counts[:, None], grad, 0.0).to(grad_ptrs.dtype.element_ty)
-        tl.store(grad_ptrs, grad, mask=exists[:, None] & cols_exist)
+        grad = tl.where(of_rows(counts), grad, 0.0).to(grad_ptrs.dtype.element_ty)
+        tl.store(grad_ptrs, grad, mask=mask)
     if grad_probs_ptrs is not None:
         grad_share = grad_losses * smooth[0] if len(smooth) > 0 else grad_losses
-        mask = exists[:, None] & cols_exist
         grad = gradient_of_probabilities(
-            difference, tl.log(row_sum)[:, None], grad_share[:, None], weight_ptrs, mask,
+            difference, of_rows(tl.log(row_sum)), of_rows(grad_share), weight_ptrs, mask,
             grad_probs_ptrs.dtype.element_ty,
         )  # fmt: skip
         tl.store(grad_probs_ptrs, grad, mask=mask)
@@ -162,8 +173,8 @@ def cross_entropy_small_kernel(
     grad_targets_group_stride: tl.int64, grad_targets_row_stride: tl.int64,
     grad_targets_class_stride: tl.int64, vocab_size: tl.int32, ignore_index: tl.int64,
     label_smoothing: tl.float64, z_loss: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
-    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    SUM_BLOCK: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
     SOFT: tl.constexpr, MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -171,12 +182,14 @@ def cross_entropy_small_kernel(
     transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
     smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.arange(0, BLOCK_V)[None, :]
-    exists, cols_exist = rows < n_rows, cols < vocab_size
+    cols = tl.arange(0, BLOCK_V // LANES)[:, None, None] * LANES
+    cols += tl.arange(0, LANES)[None, None, :]
+    exists = rows < n_rows
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
     targets_ptrs = targets_ptr + offsets
     targets, counts, in_range = load_targets(targets_ptrs, exists, ignore_index, vocab_size, PROBS)
-    is_read = counts[:, None] & cols_exist
+    # Masks by the size of a row: one compare an element, and no predicate to keep and to combine.
+    is_read = cols < of_rows(tl.where(counts, vocab_size, 0))
 
     x_ptrs = columns_of(
         logits_ptr, rows, cols, rows_per_group, logits_group_stride, logits_row_stride,
@@ -187,12 +200,11 @@ def cross_entropy_small_kernel(
     if HAS_SCALE or HAS_SOFTCAP:
         x = tl.where(is_read, x, float("-inf"))
     row_max, row_sum, row_exp_dot, difference, exps = small_statistics(x)
-    is_target = cols == targets[:, None]
     weight_ptrs, probs_ptrs = None, None
     if weight_ptr is not None:
         weight_ptrs = weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
     if PROBS:
-        probs_ptrs = targets_ptrs[:, None] + at_class(cols, targets_class_stride, DENSE)
+        probs_ptrs = of_rows(targets_ptrs) + at_class(cols, targets_class_stride, DENSE)
     share, row_dot, row_weight = small_shares(
         weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT
     )
@@ -201,7 +213,11 @@ def cross_entropy_small_kernel(
     )
 
     if losses_ptr is not None:
-        x_target = tl.sum(tl.where(is_target, x, 0.0), axis=1)
+        offsets = row_offset(
+            rows, rows_per_group, logits_group_stride, logits_row_stride, GROUPED
+        ) + at_class(targets, logits_class_stride, DENSE)
+        x_target = tl.load(logits_ptr + offsets, mask=in_range, other=0.0).to(DTYPE)
+        x_target, _ = transformed(x_target, transform)
         losses = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
         store_rows(
             losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr,
@@ -220,8 +236,10 @@ def cross_entropy_small_kernel(
             grad_targets_row_stride, grad_targets_class_stride, DENSE, GROUPED,
         )  # fmt: skip
     if grad_logits_ptr is not None or grad_targets_ptr is not None:
+        mask = cols < of_rows(tl.where(exists, vocab_size, 0))
+        is_target = cols == of_rows(tl.where(in_range, targets, -1).to(tl.int32))
         small_gradients(
-            rows, exists, counts, cols_exist, exps, difference, share, slope, row_max, row_sum,
+            rows, exists, counts, mask, exps, difference, share, slope, row_max, row_sum,
             row_exp_dot, factors, is_target, transform, smooth, weight_ptrs, sample_weight_ptr,
             workspace_ptr, grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr,
             grad_ptrs, grad_probs_ptrs, z_loss, DTYPE, SOFT, MEAN, HAS_Z_LOSS,
@@ -260,6 +278,7 @@ def launch_small(
         DTYPE=TRITON_DTYPES[dtype],
         BLOCK_ROWS=config.block_rows,
         BLOCK_V=config.block_v,
+        LANES=config.lanes,
         GROUP_ROWS=GROUP_ROWS,
         SUM_BLOCK=SUM_BLOCK,
         DENSE=all(tensor is None or tensor.stride(2) == 1 for tensor in tensors),

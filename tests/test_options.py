@@ -814,8 +814,20 @@ class TestStats:
             logits, targets = a_batch(vocab_size, n_rows, device)
             targets[1] = vocab_size - 1
             logits[:, : vocab_size - 3] = -torch.inf
+            logits[0, vocab_size // 2 :] = torch.finfo(logits.dtype).min
             _, stats = fused_cross_entropy(logits, targets, return_stats=True)
             assert torch.equal(stats.predictions, logits.argmax(dim=1))
+
+    @pytest.mark.parametrize("vocab_size, n_rows", VOCABS)
+    def test_nan_in_any_part_of_a_row_is_seen(self, device, vocab_size, n_rows):
+        """A clamp that takes the number of a number and a NaN would lose it."""
+        for place in (5, vocab_size // 3, vocab_size - 1):
+            logits, targets = a_batch(vocab_size, n_rows, device)
+            targets[1] = 7
+            logits[1, place] = torch.nan
+            _, stats = fused_cross_entropy(logits, targets, return_stats=True)
+            for value in (stats.losses, stats.lse, stats.entropy):
+                assert value[1].isnan() and not value[0].isnan()
 
     @pytest.mark.parametrize("through", [
         pytest.param(("losses",), id="losses-alone"), pytest.param(("lse",), id="lse-alone"),

@@ -20,7 +20,7 @@ from fused_ce.kernels.reduce import (  # noqa: E402
     reduce_losses,
 )
 from fused_ce.kernels.row_access import edge_columns, row_offset, split_row  # noqa: E402
-from fused_ce.kernels.transform import tanh  # noqa: E402
+from fused_ce.kernels.transform import capped, transform_of  # noqa: E402
 from fused_ce.options import LossOptions  # noqa: E402
 from fused_ce.rows import Rows  # noqa: E402
 
@@ -151,39 +151,48 @@ def test_mean_divisor_of_probabilities(kernel_device):
     assert divisor_of(probabilities, weight) == 21
 
 
-@triton.jit
-def tanh_kernel(x_ptr, out_ptr, slope_ptr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["scale", "cap"])
+def cap_kernel(
+    x_ptr, out_ptr, slope_ptr, scale: tl.float64, cap: tl.float64, BLOCK: tl.constexpr
+):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    result, slope = tanh(tl.load(x_ptr + at))
+    scale, cap = transform_of(scale, cap, x_ptr.dtype.element_ty, True, True)
+    result, slope = capped(tl.load(x_ptr + at), scale, cap)
     tl.store(out_ptr + at, result)
     tl.store(slope_ptr + at, slope)
 
 
+@pytest.mark.parametrize("cap", [1.0, 0.5, 30.0, 2.0**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tanh_and_its_derivative_are_exact_to_a_few_eps_of_themselves(kernel_device, dtype):
-    """Tiny and huge arguments too, where a difference from 1 would have lost all digits."""
+def test_a_cap_and_its_derivative_are_exact_to_a_few_eps_of_themselves(kernel_device, dtype, cap):
+    """Tiny and huge arguments too, where a difference from 1 would have lost all digits, and those
+    around 0.4, where one formula follows another."""
     sizes = torch.cat([
         torch.logspace(-30, -1, 100, dtype=torch.float64),
         torch.linspace(0.1, 18, 924, dtype=torch.float64),
+        torch.linspace(0.35, 0.45, 1024, dtype=torch.float64),
     ])  # fmt: skip
-    x = torch.cat([sizes, -sizes]).to(dtype).to(kernel_device)
+    x = (cap * torch.cat([sizes, -sizes])).to(dtype).to(kernel_device)
     out, slope = torch.empty_like(x), torch.empty_like(x)
-    tanh_kernel[(16,)](x, out, slope, BLOCK=128)
-    right = extended(x)
+    cap_kernel[(32,)](x, out, slope, 1 / cap, cap, BLOCK=128)
+    argument = extended(x) / cap
     eps = torch.finfo(dtype).eps
-    right_slope = np.cosh(right) ** -2
-    assert (abs(extended(out) - np.tanh(right)) <= 4 * eps * abs(np.tanh(right))).all()
+    right, right_slope = cap * np.tanh(argument), np.cosh(argument) ** -2
+    rounded = 0 if cap == 2 ** int(np.log2(cap)) else 1  # 1 / cap
+    assert (abs(extended(out) - right) <= (4 + rounded) * eps * abs(right)).all()
     # exp rounds its argument, 2 |x|
-    assert (abs(extended(slope) - right_slope) <= (4 + 4 * abs(right)) * eps * right_slope).all()
+    assert (abs(extended(slope) - right_slope) <= (4 + 4 * abs(argument)) * eps * right_slope).all()
 
 
-def test_tanh_of_what_is_no_number(kernel_device):
-    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], device=kernel_device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_cap_of_what_is_no_number(kernel_device, dtype):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=dtype, device=kernel_device)
     out, slope = torch.empty_like(x), torch.empty_like(x)
-    tanh_kernel[(1,)](x, out, slope, BLOCK=4)
-    torch.testing.assert_close(out.cpu(), torch.tensor([1.0, -1.0, torch.nan, 0.0]), equal_nan=True)
-    right = torch.tensor([0.0, 0.0, torch.nan, 1.0])
-    torch.testing.assert_close(slope.cpu(), right, equal_nan=True)
+    cap_kernel[(1,)](x, out, slope, 0.2, 5.0, BLOCK=4)
+    right = torch.tensor([5.0, -5.0, torch.nan, 0.0], dtype=dtype)
+    torch.testing.assert_close(out.cpu(), right, equal_nan=True, rtol=0.0, atol=0.0)
+    right = torch.tensor([0.0, 0.0, torch.nan, 1.0], dtype=dtype)
+    torch.testing.assert_close(slope.cpu(), right, equal_nan=True, rtol=0.0, atol=0.0)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
