@@ -207,7 +207,8 @@ def cross_entropy_small_kernel(
     transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
     smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.arange(0, BLOCK_V // LANES)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    cols = tl.arange(0, BLOCK_V // LANES)[:, None, None] * LANES
+    cols += tl.arange(0, LANES)[None, None, :]
     exists = rows < n_rows
     offsets = row_offset(rows, rows_per_group, targets_group_stride, targets_row_stride, GROUPED)
     targets_ptrs = targets_ptr + offsets
@@ -217,8 +218,7 @@ def cross_entropy_small_kernel(
         logits_ptr, rows, cols, rows_per_group, logits_group_stride, logits_row_stride,
         logits_class_stride, DENSE, GROUPED,
     )  # fmt: skip
-    x = tl.load(x_ptrs, mask=is_read, other=float("-inf")).to(DTYPE)
-    x, slope = transformed(x, transform)
+    x, slope = transformed(tl.load(x_ptrs, mask=is_read, other=float("-inf")).to(DTYPE), transform)
     if HAS_SCALE or HAS_SOFTCAP:
         x = tl.where(is_read, x, float("-inf"))
     row_max, row_sum, row_exp_dot, difference, exps = small_statistics(x)
