@@ -1,10 +1,12 @@
 """Checks of hidden states, the weight of a head and its bias; both as autocast would have them."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 
 from fused_ce.arguments import LOGITS_DTYPES, TARGET_DTYPES
+from fused_ce.tracing import jit_trace_paused
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -31,8 +33,10 @@ def prepare_head(
     logits_dtype: torch.dtype | None,
 ) -> Head:
     """Check what the host can see; cast to the dtype of autocast, where it is on."""
-    _check_tensors(hidden, linear_weight, linear_bias, targets)
-    _check_shapes(hidden, linear_weight, linear_bias, targets)
+    # A jit trace would record what is asked of shapes.
+    with jit_trace_paused() if torch.jit.is_tracing() else contextlib.nullcontext():
+        _check_tensors(hidden, linear_weight, linear_bias, targets)
+        _check_shapes(hidden, linear_weight, linear_bias, targets)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden, linear_weight, linear_bias = (

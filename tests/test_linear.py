@@ -438,6 +438,16 @@ class TestGraphs:
         for mine, others in zip(ours, theirs, strict=True):
             assert_same(mine, others)
 
+    def test_a_jit_trace_takes_other_sizes(self, compiled_device):
+        head, targets = a_head(device=compiled_device), some_targets(device=compiled_device)
+        traced = torch.jit.trace(
+            lambda *tensors: fused_linear_cross_entropy(*tensors), (*head[:2], targets)
+        )
+        other = a_head(17, device=compiled_device)[0]
+        targets = some_targets(17, device=compiled_device)
+        right = reference_linear_cross_entropy(other, head[1], targets)
+        torch.testing.assert_close(traced(other, head[1], targets), right)
+
 
 class TestAutocast:
     @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
