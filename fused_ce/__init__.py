@@ -3,16 +3,20 @@
 from fused_ce import ops as ops  # registers the operators
 from fused_ce.backend import backend
 from fused_ce.cross_entropy import fused_cross_entropy
-from fused_ce.modules import FusedCrossEntropyLoss
-from fused_ce.reference import reference_cross_entropy
+from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
+from fused_ce.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
+from fused_ce.reference import reference_cross_entropy, reference_linear_cross_entropy
 from fused_ce.stats import CrossEntropyStats
 from fused_ce.version import __version__
 
 __all__ = [
     "CrossEntropyStats",
     "FusedCrossEntropyLoss",
+    "FusedLinearCrossEntropyLoss",
     "__version__",
     "backend",
     "fused_cross_entropy",
+    "fused_linear_cross_entropy",
     "reference_cross_entropy",
+    "reference_linear_cross_entropy",
 ]

@@ -32,13 +32,13 @@ def cross_entropy(
     else:
         if needs_grad:
             rows = Rows(*(tensor if tensor is None else tensor.detach() for tensor in rows))
-        outputs = _outputs(implementation(backend).forward(rows, options), options)
+        outputs = outputs_of(implementation(backend).forward(rows, options), options)
     if options.return_stats and options.reduction == "none":
         return outputs[0], *outputs
     return outputs
 
 
-def _outputs(result: Result, options: LossOptions) -> tuple[torch.Tensor, ...]:
+def outputs_of(result: Result, options: LossOptions) -> tuple[torch.Tensor, ...]:
     """(loss,), or (loss, losses, lse, entropy, predictions), losses only where loss is not they."""
     if not options.return_stats:
         return (result.loss,)
@@ -84,12 +84,12 @@ class FusedCrossEntropy(torch.autograd.Function):
             grad_logits = None
             result = ctx.implementation.forward(rows, options, needs_sample_weight)
         loss = None
-        if needs_sample_weight and _divides_by_weights(rows, options):
+        if needs_sample_weight and divides_by_weights(rows, options):
             loss = result.loss.clone()  # the user may change the other
         ctx.save_for_backward(
             grad_logits, *rows, loss, result.unweighted, result.divisor, *result.saved
         )
-        outputs = _outputs(result, options)
+        outputs = outputs_of(result, options)
         if not options.return_stats:
             return outputs[0]
         ctx.mark_non_differentiable(result.predictions)
@@ -107,14 +107,14 @@ class FusedCrossEntropy(torch.autograd.Function):
             return _of_inputs(ctx, *_differentiable(ctx, grad_outputs, saved, unsaved))
         if not saved:
             return _of_inputs(ctx, _scaled(ctx, finished, grad_outputs[0], kept))
-        grad_loss, grad_losses, grad_lse, grad_entropy = _of_outputs(grad_outputs, options)
+        grad_loss, grad_losses, grad_lse, grad_entropy = grads_of_outputs(grad_outputs, options)
         rows, (loss, unweighted, divisor, *saved) = Rows(*saved[:5]), saved[5:]
         needs_logits, needs_targets, needs_sample_weight, *_ = ctx.needs_input_grad
         grad_logits = grad_targets = grad_sample_weight = None
         if grad_loss is None and grad_losses is None:
             needs_targets = needs_sample_weight = False  # lse and entropy know nothing of them
         if needs_sample_weight:
-            grad_sample_weight = _of_sample_weight(
+            grad_sample_weight = grad_of_sample_weight(
                 grad_loss, grad_losses, rows, loss, unweighted, divisor, options
             )
         if ctx.in_forward and grad_losses is None and grad_lse is None and grad_entropy is None:
@@ -186,8 +186,8 @@ def _differentiable(ctx, grad_outputs, saved, unsaved):
     return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
 
 
-def _of_outputs(grads, options):
-    """The gradients of (loss, losses, lse, entropy) from those of `_outputs`; None for none."""
+def grads_of_outputs(grads, options):
+    """The gradients of (loss, losses, lse, entropy) from those of `outputs_of`; None for none."""
     if not options.return_stats:
         return grads[0], None, None, None
     loss, *losses, lse, entropy, _ = grads
@@ -244,13 +244,13 @@ def _second_reading(
     return grad_logits, grad_targets
 
 
-def _of_sample_weight(grad_loss, grad_losses, rows, loss, unweighted, divisor, options):
+def grad_of_sample_weight(grad_loss, grad_losses, rows, loss, unweighted, divisor, options):
     """The gradient of sample_weight: the losses without it, less what moves the mean's divisor."""
     grad = torch.zeros_like(unweighted)
     if grad_loss is not None:
         factor = grad_loss if divisor is None else grad_loss / divisor
         moved = 0.0
-        if _divides_by_weights(rows, options):
+        if divides_by_weights(rows, options):
             moved = loss * _target_weight(rows, unweighted.dtype)
         grad = factor * (unweighted - moved)
     if grad_losses is not None:
@@ -261,7 +261,7 @@ def _of_sample_weight(grad_loss, grad_losses, rows, loss, unweighted, divisor, o
     return grad.to(rows.sample_weight.dtype)
 
 
-def _divides_by_weights(rows, options):
+def divides_by_weights(rows, options):
     """Whether sample_weight moves what the loss is divided by."""
     given = rows.normalizer is not None or options.normalizer is not None
     return options.reduction == "mean" and not given

@@ -5,12 +5,19 @@ from torch import nn
 
 from fused_ce.arguments import check_options
 from fused_ce.cross_entropy import fused_cross_entropy
+from fused_ce.linear_arguments import check_cutting
+from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
 from fused_ce.options import LossOptions
 from fused_ce.stats import CrossEntropyStats
 
 OPTIONS = (
     "ignore_index", "reduction", "label_smoothing", "dim", "normalizer", "z_loss", "logit_scale",
     "softcap", "inplace", "grad_in_forward", "return_stats",
+)  # fmt: skip
+
+LINEAR_OPTIONS = (
+    *(name for name in OPTIONS if name not in ("dim", "inplace")),
+    "logits_dtype", "skip_ignored", "chunk_size",
 )  # fmt: skip
 
 
@@ -107,3 +114,79 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
     def _options(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in OPTIONS}
+
+
+class FusedLinearCrossEntropyLoss(nn.Module):
+    """`fused_linear_cross_entropy` as a module, which holds the options and the class weights.
+
+    The weight of the head belongs to the model. Arguments are those of the function, as keywords.
+
+    Raises:
+        TypeError, ValueError: an option is not what `fused_linear_cross_entropy` takes.
+    """
+
+    weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        normalizer: float | torch.Tensor | None = None,
+        z_loss: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        grad_in_forward: bool | None = None,
+        return_stats: bool = False,
+        logits_dtype: torch.dtype | None = None,
+        skip_ignored: bool | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        """Store the options; `forward` reads the attributes, so they may be changed later."""
+        super().__init__()
+        if not (weight is None or isinstance(weight, torch.Tensor)):
+            raise TypeError(f"weight must be a torch.Tensor or None, got {weight!r}")
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.normalizer = normalizer
+        self.z_loss = z_loss
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.grad_in_forward = grad_in_forward
+        self.return_stats = return_stats
+        self.logits_dtype = logits_dtype
+        self.skip_ignored = skip_ignored
+        self.chunk_size = chunk_size
+        of_loss = [name for name in LINEAR_OPTIONS if name in LossOptions._fields]
+        check_options(LossOptions(**{name: getattr(self, name) for name in of_loss}))
+        check_cutting(skip_ignored, chunk_size)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        linear_weight: torch.Tensor,
+        targets: torch.Tensor,
+        linear_bias: torch.Tensor | None = None,
+        sample_weight: torch.Tensor | None = None,
+        *,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+        """The loss of hidden states and the head that makes logits of them."""
+        options = self._options()
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        return fused_linear_cross_entropy(
+            hidden, linear_weight, targets, linear_bias=linear_bias, weight=self.weight,
+            sample_weight=sample_weight, **options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows between the brackets."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    def _options(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in LINEAR_OPTIONS}

@@ -5,8 +5,10 @@ tensors of the size of the logits.
 """
 
 import torch
+import torch.nn.functional as F
 
 from fused_ce.arguments import check_targets_on_host, prepare
+from fused_ce.linear_arguments import check_cutting, prepare_head
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, compute_dtype
 from fused_ce.stats import CrossEntropyStats
@@ -43,6 +45,58 @@ def reference_cross_entropy(
     call = prepare(logits, targets, weight, sample_weight, dim, options)
     check_targets_on_host(call.rows, call.options, "reference")
     return call.returned(reference(call.rows, call.options))
+
+
+def reference_linear_cross_entropy(
+    hidden: torch.Tensor,
+    linear_weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    grad_in_forward: bool | None = None,
+    return_stats: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+    """The oracle of `fused_linear_cross_entropy`: `reference_cross_entropy` of whole logits.
+
+    `grad_in_forward`, `skip_ignored` and `chunk_size` say how to compute and change nothing here.
+    """
+    check_cutting(skip_ignored, chunk_size)
+    head = prepare_head(hidden, linear_weight, linear_bias, targets, logits_dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = linear_logits(*head[:3], targets, ignore_index, head.logits_dtype)
+    return reference_cross_entropy(
+        logits, targets, weight, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, dim=-1, sample_weight=sample_weight,
+        normalizer=normalizer, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+        grad_in_forward=grad_in_forward, return_stats=return_stats,
+    )  # fmt: skip
+
+
+def linear_logits(
+    hidden: torch.Tensor,
+    linear_weight: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignore_index: int,
+    logits_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Whole logits (..., V), of hidden states (..., H) that are cleared in ignored rows."""
+    if not targets.is_floating_point():
+        hidden = hidden.masked_fill((targets.long() == ignore_index)[..., None], 0.0)
+    operands = (hidden, linear_weight, linear_bias)
+    return F.linear(*(None if tensor is None else tensor.to(logits_dtype) for tensor in operands))
 
 
 def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:

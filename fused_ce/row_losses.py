@@ -34,33 +34,39 @@ def cross_entropy_of_rows(
         )
     row_options = RowOptions.of(options, backend)
     losses, lse, entropy, predictions, *_ = row_losses(*rows[:3], *row_options)
-    sample_weight, ignored = rows.sample_weight, None
-    if not rows.has_probabilities:
-        targets = rows.targets.flatten().long()
-        ignored = targets == options.ignore_index
+    sample_weight = rows.sample_weight
     if sample_weight is not None:
-        sample_weight = sample_weight.to(losses.dtype)
-        if ignored is not None:  # of an ignored row it may be NaN
-            sample_weight = sample_weight.masked_fill(ignored, 0.0)
-        losses = losses * sample_weight
+        losses = losses * _counted_weight(sample_weight.to(losses.dtype), rows, options)
     loss = losses
     if options.reduction != "none":
         loss = losses.sum()
     if options.reduction == "mean":
-        if rows.normalizer is not None:
-            divisor = rows.normalizer.to(losses.dtype)
-        elif options.normalizer is not None:
-            divisor = options.normalizer
-        else:
-            divisor = torch.ones_like(losses) if sample_weight is None else sample_weight
-            if ignored is not None:
-                if rows.weight is not None:
-                    safe = targets.clamp(0, rows.weight.shape[0] - 1)
-                    divisor = divisor * rows.weight.to(losses.dtype)[safe]
-                divisor = divisor.masked_fill(ignored, 0.0)
-            divisor = divisor.sum()
-        loss = loss / divisor
+        loss = loss / mean_divisor(rows, options, losses.dtype)
     return (loss, losses, lse, entropy, predictions) if options.return_stats else (loss,)
+
+
+def mean_divisor(rows: Rows, options: LossOptions, dtype: torch.dtype) -> torch.Tensor | float:
+    """What "mean" divides by, from the targets alone: the logits are not looked at."""
+    if rows.normalizer is not None:
+        return rows.normalizer.to(dtype)
+    if options.normalizer is not None:
+        return options.normalizer
+    if rows.sample_weight is not None:
+        divisor = rows.sample_weight.to(dtype)
+    else:
+        n_rows = rows.targets.shape[0] * rows.targets.shape[1]
+        divisor = rows.targets.new_ones(n_rows, dtype=dtype)
+    if rows.weight is not None and not rows.has_probabilities:
+        safe = rows.targets.flatten().long().clamp(0, rows.weight.shape[0] - 1)
+        divisor = divisor * rows.weight.to(dtype)[safe]
+    return _counted_weight(divisor, rows, options).sum()
+
+
+def _counted_weight(of_rows, rows, options):
+    """0 in ignored rows, where it may be NaN."""
+    if rows.has_probabilities:
+        return of_rows
+    return of_rows.masked_fill(rows.targets.flatten().long() == options.ignore_index, 0.0)
 
 
 def row_losses(logits, targets, weight, *options):
