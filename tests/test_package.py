@@ -151,7 +151,7 @@ def test_the_examples_of_the_readme_run():
     readme = (ROOT / "README.md").read_text("utf-8")
     section = readme.partition("\n## Use\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(7, 11, generator=generator, requires_grad=True)
     batches = [
@@ -165,6 +165,9 @@ def test_the_examples_of_the_readme_run():
     )  # fmt: skip
     exec(blocks[0], names)
     assert names["logits"].grad.isfinite().all()
+
+    exec(blocks.pop(1), names)
+    assert names["hidden"].grad.isfinite().all() and names["head"].weight.grad.isfinite().all()
 
     exec(blocks[1], names)
     accumulated, weights.grad = weights.grad, None
