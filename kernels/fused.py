@@ -147,8 +147,8 @@ def cross_entropy_forward_with_grad_kernel(
         row_ptr = logits_ptr + offset
         x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(DTYPE)
         grad_loss = derivative_factor(transform, DTYPE)
-        if MEAN:
-            parts = load_parts(workspace_ptr)
+        if MEAN and not HAS_SMOOTHING:
+            parts = load_parts(workspace_ptr)  # it comes while the row does
         if sample_weight_ptr is not None:
             grad_loss *= tl.load(sample_weight_ptr + row).to(DTYPE)
         _, _, interior_size = split_row(row_ptr, vocab_size, VEC)
@@ -165,6 +165,8 @@ def cross_entropy_forward_with_grad_kernel(
         )  # fmt: skip
 
         if MEAN:
+            if HAS_SMOOTHING:  # one register more during the row, and this variant spills
+                parts = load_parts(workspace_ptr)
             grad_loss /= tl.sum(parts, axis=0)
         row_max, row_sum = statistics[0], statistics[1]
         softmax_factor = softmax_factor_of(row_max, row_sum, lse_factor, z_loss, HAS_Z_LOSS)

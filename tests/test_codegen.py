@@ -23,7 +23,7 @@ SPLIT, BACKWARD = "cross_entropy_split_kernel", "cross_entropy_backward_kernel"
 SMALL, PREPARE = "cross_entropy_small_kernel", "prepare_kernel"
 TANGENTS = "cross_entropy_tangents_kernel"
 STREAM = (FORWARD, FUSED, SPLIT, BACKWARD, "scale_kernel")
-REDUCING = (FORWARD, FUSED, SPLIT, SMALL, PREPARE)
+REDUCING = (FORWARD, FUSED, SPLIT, SMALL)
 
 # What the variants of plain bfloat16 do not cover, each for a reason of its own.
 OTHERS = [
