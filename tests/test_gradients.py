@@ -528,6 +528,7 @@ def test_backward_in_another_thread(fused_device, vocab_size):
     assert torch.equal(leaf.grad, right)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_the_triton_route_never_asks_the_device(kernel_device, monkeypatch):
     """No operation that a GPU would have to be waited for, in forward, in backward or twice."""

@@ -104,6 +104,7 @@ def one(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are compiled")
 def test_variants_are_timed_and_those_that_fail_are_kept(session, one):
     """In Triton's interpreter, where a block that is no power of two does not compile either."""
@@ -134,6 +135,7 @@ def test_sweep_that_runs_out_of_time_says_what_is_left(session, one, monkeypatch
     assert session.left_out == [f"sweep: 3 variants of {one.label}"]
 
 
+@pytest.mark.slow
 def test_a_variant_is_compiled_without_a_gpu(tmp_path):
     """So that a GPU does not wait for it; in a process without the interpreter."""
     pytest.importorskip("triton")
