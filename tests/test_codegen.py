@@ -139,8 +139,6 @@ def check_held_tiles(report):
             wide -= 2 * (report["held"] + report["unroll"])
         if report["options"] in ("stats", "everything"):  # the tile of the maximum once more
             wide -= 1
-        if report["options"] in ("stats", "everything"):  # the tile of the maximum once more
-            wide -= 1
         assert wide == report["held"] + 2 * report["unroll"]
         # and zeros for ignored rows, whose loop is unrolled and has a rest
         assert len(accesses(report["opcodes"], "STG", True)) >= report["held"] + report["unroll"]
