@@ -76,21 +76,36 @@ def assert_same(ours, theirs, **tolerance):
         torch.testing.assert_close(mine, others, **tolerance)
 
 
+def check_option(device, options, reduction, chunk_size, skip_ignored):
+    head, targets = a_head(device=device), some_targets(device=device)
+    call = dict(options, reduction=reduction)
+    ours = all_of(
+        fused_linear_cross_entropy, head, targets, chunk_size=chunk_size,
+        skip_ignored=skip_ignored, **call,
+    )  # fmt: skip
+    theirs = all_of(reference_linear_cross_entropy, head, targets, **call)
+    for mine, others in zip(ours, theirs, strict=True):
+        assert_same(mine, others)
+
+
 class TestAsTheReference:
     @pytest.mark.parametrize("options", OPTIONS)
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @pytest.mark.parametrize("chunk_size", [4, None])
     @pytest.mark.parametrize("skip_ignored", [False, True], ids=["", "skip"])
-    def test_every_option(self, device, options, reduction, chunk_size, skip_ignored):
-        head, targets = a_head(device=device), some_targets(device=device)
-        call = dict(options, reduction=reduction)
-        ours = all_of(
-            fused_linear_cross_entropy, head, targets, chunk_size=chunk_size,
-            skip_ignored=skip_ignored, **call,
-        )  # fmt: skip
-        theirs = all_of(reference_linear_cross_entropy, head, targets, **call)
-        for mine, others in zip(ours, theirs, strict=True):
-            assert_same(mine, others)
+    def test_every_option(self, compiled_device, options, reduction, chunk_size, skip_ignored):
+        check_option(compiled_device, options, reduction, chunk_size, skip_ignored)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize("skip_ignored", [False, True], ids=["", "skip"])
+    def test_every_option_on_the_kernels(self, interpreter, options, reduction, skip_ignored):
+        check_option(interpreter, options, reduction, 4, skip_ignored)
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_options_on_the_kernels(self, interpreter, options):
+        check_option(interpreter, options, "mean", 4, False)
 
     @pytest.mark.parametrize("vocab_size", VOCABS)
     @pytest.mark.parametrize("options", OPTIONS)

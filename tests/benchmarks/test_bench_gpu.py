@@ -144,6 +144,7 @@ def supervised(tmp_path, labels):
     return code, (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_behind_what_crashed_or_lost_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, log = supervised(tmp_path, "a,crashes,b,loses,c")
@@ -211,6 +212,7 @@ def test_a_missing_tool_is_named(session):
     assert "missing: no-such-sanitizer" in (session.out / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_cuda_tests_need_no_package_of_babygpt(session, monkeypatch, tmp_path):
     """pytest imports the conftest.py of a folder that it is told to ignore just as little."""
     blocked = tmp_path / "sitecustomize.py"
@@ -228,6 +230,7 @@ def test_cuda_tests_need_no_package_of_babygpt(session, monkeypatch, tmp_path):
     assert "tests collected" in log and "rror" not in log.splitlines()[-1], log[-2000:]
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_costs_one_test(tmp_path):
     """A CUDA context that is lost stays so until its process ends, which pytest-xdist replaces."""
     pytest.importorskip("xdist")
@@ -273,6 +276,7 @@ def test_outcomes_are_read_from_log_or_junit(tmp_path):
     assert cuda_tests.summary(log, xml) == ({"passed": 1, "failed": 1}, ["a::c"])
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_has_the_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "benchmark.json"

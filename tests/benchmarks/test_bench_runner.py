@@ -67,6 +67,7 @@ def test_every_kind_is_measured(case, cpu, about, uncompiled):
     assert ("read" in records) == (case.kind == "forward")
 
 
+@pytest.mark.slow
 def test_torch_compile_is_measured(cpu, about):
     record = {r.provider: r for r in run_case(CASE, cpu, 0.01, about)}["torch.compile"]
     assert record.note is None and record.ms_median > 0 and record.error < 1e-5
