@@ -69,7 +69,7 @@ def pytest_configure(config):
 
 
 @contextlib.contextmanager
-def _entered(name):
+def entered(name):
     """The device whose tensors `name` takes, with that backend chosen."""
     if name == "cuda":
         if not torch.cuda.is_available():
@@ -89,42 +89,42 @@ def _entered(name):
 @pytest.fixture(params=["cpu", "triton", "reference", CUDA])
 def device(request):
     """Any backend."""
-    with _entered(request.param) as where:
+    with entered(request.param) as where:
         yield where
 
 
 @pytest.fixture(params=["cpu", "reference", CUDA])
 def compiled_device(request):
     """All but the interpreter, for what takes hundreds of calls."""
-    with _entered(request.param) as where:
+    with entered(request.param) as where:
         yield where
 
 
 @pytest.fixture
 def interpreter():
     """The Triton kernels on CPU tensors, alone."""
-    with _entered("triton") as where:
+    with entered("triton") as where:
         yield where
 
 
 @pytest.fixture(params=["cpu", "triton", CUDA])
 def fused_device(request):
     """The backends with a gradient of their own."""
-    with _entered(request.param) as where:
+    with entered(request.param) as where:
         yield where
 
 
 @pytest.fixture(params=["triton", CUDA])
 def kernel_device(request):
     """The Triton kernels, interpreted or on a GPU."""
-    with _entered(request.param) as where:
+    with entered(request.param) as where:
         yield where
 
 
 @pytest.fixture(params=["cpu", "reference"])
 def host_device(request):
     """The backends that read the targets before they compute."""
-    with _entered(request.param) as where:
+    with entered(request.param) as where:
         yield where
 
 

@@ -131,6 +131,7 @@ class TestCompile:
             torch.testing.assert_close(compiled(number), right)
         assert compilations() <= 2
 
+    @pytest.mark.slow
     def test_generated_code(self, model, fused_device):
         """By Inductor, in mixed precision."""
         plain = model(label_smoothing=0.1)

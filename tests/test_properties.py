@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CUDA, entered
 from oracle import (
     FLOATS,
     assert_all_as_exact_as_torch,
@@ -32,6 +33,13 @@ STABLE = settings(
 )  # fmt: skip
 
 FEWER = settings(STABLE, max_examples=20)  # of a law; interpreted, an example takes 0.1 s
+
+
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=pytest.mark.slow), "reference", CUDA])
+def device(request):
+    """Any backend."""
+    with entered(request.param) as where:
+        yield where
 
 
 @st.composite
