@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 from fused_ce.backend import implementation
 from fused_ce.options import LossOptions
 from fused_ce.reference import reference
-from fused_ce.row_losses import cross_entropy_of_rows
+from fused_ce.row_losses import cross_entropy_of_rows, grads_of_used
 from fused_ce.rows import Result, Rows, Upstream, empty_gradient, in_memory, overlaps
 from fused_ce.tracing import graph_is_kept, is_batched_or_dual, saved_tensors_have_hooks
 
@@ -165,25 +165,8 @@ def _differentiable(ctx, grad_outputs, saved, unsaved):
             outputs = cross_entropy_of_rows(rows, ctx.options, ctx.backend)
     if ctx.options.return_stats and ctx.options.reduction == "none":
         outputs = outputs[1:]  # the loss is the losses
-    used = [
-        (output, grad)
-        for output, grad in zip(outputs, grad_outputs, strict=True)
-        if grad is not None and output.requires_grad
-    ]
-    if not used:
-        return (None,) * 3
     inputs = rows.logits, rows.targets, rows.sample_weight
-    needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-    grads = iter(
-        torch.autograd.grad(
-            [output for output, _ in used],
-            needed,
-            [grad for _, grad in used],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )  # fmt: skip
-    )
-    return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
+    return grads_of_used(outputs, grad_outputs, inputs, ctx.needs_input_grad[:3])
 
 
 def grads_of_outputs(grads, options):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fused_ce.arguments import LOGITS_DTYPES, TARGET_DTYPES
-from fused_ce.tracing import jit_trace_paused
+from fused_ce.tracing import is_autocast, jit_trace_paused
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -38,7 +38,7 @@ def prepare_head(
         _check_tensors(hidden, linear_weight, linear_bias, targets)
         _check_shapes(hidden, linear_weight, linear_bias, targets)
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    if is_autocast(kind):
         hidden, linear_weight, linear_bias = (
             tensor
             if tensor is None or tensor.dtype == torch.float64

@@ -1,69 +1,229 @@
-"""The torch.autograd.Function of hidden states: what is saved, and when gradients are made.
+"""Hidden states to loss, differentiable: what is saved, and when gradients are made.
 
 In forward, a chunk's logits are overwritten by their gradient, which goes into those of hidden
-states and head at once. Or in backward, which makes the logits of a chunk once more.
+states and head at once. Or in backward, which makes the logits of a chunk once more. Either is an
+operator of torch.library too, see ops.py: a compiler sees no logits.
 """
 
 import torch
 
-from fused_ce.autograd import (
-    divides_by_weights,
-    grad_of_sample_weight,
-    grads_of_outputs,
-    outputs_of,
-)
+from fused_ce.arguments import check_targets_on_host
+from fused_ce.autograd import grad_of_sample_weight
 from fused_ce.backend import implementation
 from fused_ce.linear_chunks import Gradients, Plan, Products, cut, merged, placed, without_autocast
 from fused_ce.reference import linear_logits, reference
-from fused_ce.row_losses import cross_entropy_of_rows, mean_divisor
+from fused_ce.row_losses import cross_entropy_of_rows, grads_of_used, mean_divisor
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype, empty_gradient
-from fused_ce.tracing import graph_is_kept, is_batched_or_dual
+from fused_ce.tracing import graph_is_kept, is_batched_or_dual, is_traced
+
+N_TENSORS = 7  # hidden, weight, bias, targets, class_weight, sample_weight, normalizer
+Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden (n_rows, H), weight, bias
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: Rows,
-    plan: Plan,
-) -> tuple[torch.Tensor, ...]:
+def linear_cross_entropy(head: Head, rows: Rows, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats.
 
-    Of hidden (n_rows, H); rows are (1, n_rows, ...), of their logits only the shape is asked.
+    The rows are (1, n_rows, ...); of their logits only the shape is asked.
     """
-    tensors = (hidden, weight, bias, *rows)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        outputs = LinearCrossEntropy.apply(*tensors, plan)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    else:
-        rows = Rows(*(None if tensor is None else tensor.detach() for tensor in rows))
-        with torch.no_grad():
-            result, _, _ = _forward(hidden, weight, bias, rows, plan, (False,) * 3, False)
-        outputs = outputs_of(result, plan.options)
-    if plan.options.return_stats and plan.options.reduction == "none":
-        return outputs[0], *outputs
-    return outputs
+    tensors, options = (*head, *rows[1:]), plan.options
+    is_recorded = torch.is_grad_enabled()
+    needs = [is_recorded and tensor is not None and tensor.requires_grad for tensor in tensors]
+    *needs_head, needs_targets, _, needs_sample_weight, _ = needs
+    # Gradients summed over rows cannot be multiplied by an upstream gradient per row.
+    in_forward = not needs_targets and options.reduction != "none"
+    if not (in_forward and options.makes_grad_in_forward(head[0].dtype)):
+        needs_head = False, False, False
+    losses_of = torch.ops.fused_ce.linear_losses if is_traced(head[0]) else LinearLosses.apply
+    loss, losses, _, lse, entropy, predictions, *_ = losses_of(
+        *tensors, *needs_head, needs_sample_weight, *plan.flat()
+    )
+    if not options.return_stats:
+        return (loss,)
+    return loss, loss if options.reduction == "none" else losses, lse, entropy, predictions
 
 
-def _forward(hidden, weight, bias, rows, plan, needs, unweighted):
-    """(result, what backward needs of each row, gradients), these where any is needed."""
+def kinds_of_linear_results(
+    hidden, weight, bias, targets, class_weight, sample_weight, normalizer,
+    needs_hidden, needs_weight, needs_bias, unweighted, *plan,
+):  # fmt: skip
+    """[(shape, dtype)] of the results of `LinearLosses`, whatever the vocabulary's size."""
+    options, backend, *_ = Plan.of(*plan)
+    of_row, dtype = (hidden.shape[0],), compute_dtype(hidden)
+    is_sum, has_stats, none = options.reduction != "none", options.return_stats, (0,)
+    asked = of_row if has_stats else none
+    read_again = has_stats or not (needs_hidden or needs_weight or needs_bias)
+    kept = of_row if backend == "triton" and read_again else none
+    has_shares = targets.dim() == 3 or class_weight is not None and options.label_smoothing > 0.0
+    return [
+        (() if is_sum else of_row, dtype),
+        (of_row if is_sum and has_stats else none, dtype),
+        (of_row if unweighted else none, dtype),
+        (asked, dtype),
+        (asked, dtype),
+        (asked, torch.int64),
+        (() if options.reduction == "mean" else none, dtype),
+        (kept, dtype),
+        (kept, dtype),
+        (kept if has_shares else none, dtype),
+        (hidden.shape if needs_hidden else none, hidden.dtype),
+        (weight.shape if needs_weight else none, weight.dtype),
+        (bias.shape if needs_bias else none, hidden.dtype),
+    ]
+
+
+class LinearLosses(torch.autograd.Function):
+    """Hidden states to a loss, its stats, and the gradients that are made at once.
+
+    What was not asked for has no elements; so has what an implementation does not keep.
+    """
+
+    @staticmethod
+    def forward(hidden, weight, bias, targets, class_weight, sample_weight, normalizer,
+                needs_hidden, needs_weight, needs_bias, unweighted, *plan):  # fmt: skip
+        """(loss, losses, unweighted, lse, entropy, predictions, divisor, row_max, row_sum,
+        row_weight, grad_hidden, grad_weight, grad_bias)."""
+        args = (
+            hidden, weight, bias, targets, class_weight, sample_weight, normalizer,
+            needs_hidden, needs_weight, needs_bias, unweighted, *plan,
+        )  # fmt: skip
+        plan = Plan.of(*plan)
+        rows = _rows(args[:N_TENSORS], plan)
+        check_targets_on_host(rows, plan.options, _checked_as(plan.backend))
+        needs = needs_hidden, needs_weight, needs_bias
+        result, kept, grads = _forward((hidden, weight, bias), rows, plan, needs, unweighted)
+        divisor = result.divisor
+        if normalizer is not None and divisor.dtype == normalizer.dtype:
+            divisor = divisor.clone()  # it is the normalizer: results may not be arguments
+        losses = result.losses if plan.options.reduction != "none" else None
+        found = (
+            result.loss, losses, result.unweighted, result.lse, result.entropy,
+            result.predictions, divisor, *kept, *grads,
+        )  # fmt: skip
+        return tuple(
+            hidden.new_zeros(shape, dtype=dtype) if tensor is None else tensor
+            for tensor, (shape, dtype) in zip(found, kinds_of_linear_results(*args), strict=True)
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep inputs and output."""
+        loss, losses, unweighted, lse, entropy, predictions, divisor, *kept = output
+        ctx.plan = Plan.of(*inputs[N_TENSORS + 4 :])
+        ctx.in_forward = any(inputs[N_TENSORS : N_TENSORS + 3])
+        not_differentiable = [unweighted, predictions, divisor, *kept]
+        if not ctx.plan.options.return_stats:
+            not_differentiable += [losses, lse, entropy]
+        elif ctx.plan.options.reduction == "none":
+            not_differentiable.append(losses)
+        ctx.mark_non_differentiable(*not_differentiable)
+        ctx.set_materialize_grads(False)
+        # Clones of what the user gets, who may change it.
+        ctx.save_for_backward(
+            *inputs[:N_TENSORS], loss.detach().clone(), unweighted, divisor,
+            entropy.detach().clone(), *kept,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_losses, _, grad_lse, grad_entropy, *others):
+        """The gradients of hidden, weight, bias, probabilities and sample_weight."""
+        saved = ctx.saved_tensors  # a checkpoint unpacks them once
+        tensors, saved = saved[:N_TENSORS], saved[N_TENSORS:]
+        loss, unweighted, divisor, entropy, *kept, grad_hidden, grad_weight, grad_bias = saved
+        grad_outputs = grad_loss, grad_losses, grad_lse, grad_entropy
+        none = (None,) * (4 + len(ctx.plan.flat()))
+        if torch.is_grad_enabled() or any(map(is_batched_or_dual, grad_outputs)):
+            return *_differentiable(ctx, grad_outputs, tensors), *none
+        rows, options = _rows(tensors, ctx.plan), ctx.plan.options
+        divisor = divisor if options.reduction == "mean" else None
+        grad_sample_weight = None
+        if ctx.needs_input_grad[5] and not (grad_loss is None and grad_losses is None):
+            grad_sample_weight = grad_of_sample_weight(
+                grad_loss, grad_losses, rows, loss, unweighted, divisor, options
+            )
+        if ctx.in_forward and grad_losses is None and grad_lse is None and grad_entropy is None:
+            made = grad_hidden, grad_weight, grad_bias
+            grads = [
+                _scaled(grad, grad_loss, ctx.plan.backend) if needed else None
+                for grad, needed in zip(made, ctx.needs_input_grad, strict=False)
+            ]
+            return *grads, None, None, grad_sample_weight, None, *none
+        if grad_loss is not None and options.reduction != "none":
+            grad_loss = grad_loss if divisor is None else grad_loss / divisor
+            grad_loss = grad_loss.expand(rows.targets.shape[1])
+        if grad_losses is not None:
+            grad_loss = grad_losses if grad_loss is None else grad_loss + grad_losses
+        *grads, grad_targets = _made_again(
+            ctx, (grad_loss, grad_lse, grad_entropy), tensors, (entropy, *kept)
+        )
+        return *grads, grad_targets, None, grad_sample_weight, None, *none
+
+
+def linear_gradients(
+    grad_losses, grad_lse, grad_entropy,
+    hidden, weight, bias, targets, class_weight, sample_weight, normalizer,
+    entropy, row_max, row_sum, row_weight, needs_hidden, needs_weight, needs_bias, needs_targets,
+    *plan,
+):  # fmt: skip
+    """(grad_hidden, grad_weight, grad_bias, grad_targets) from the logits of a chunk, once more.
+
+    For upstream gradients (n_rows,) of losses, lse and entropy, None for 0; what is not needed has
+    no elements.
+    """
+    plan, head = Plan.of(*plan), (hidden, weight, bias)
+    rows = _rows((*head, targets, class_weight, sample_weight, None), plan)
+    needs, grad_targets = (needs_hidden, needs_weight, needs_bias), None
+    if needs_targets:
+        grad_targets = empty_gradient(targets)
+    saved = [None if t.numel() == 0 else t for t in (entropy, row_max, row_sum, row_weight)]
+    upstream = Upstream(grad_losses, grad_lse, grad_entropy)
+    options = plan.options._replace(reduction="none")
+    pieces = cut(rows, plan, hidden.device)
+    with without_autocast(hidden.device):
+        products = Products(*head, rows, plan, pieces.largest)
+        grads = Gradients(*head, needs, len(pieces.parts), pieces.covers_all)
+        for part in pieces.parts:
+            chunk = products.chunk(part, pieces.ignored)
+            logits = chunk.rows.logits if any(needs) else None
+            implementation(plan.backend).backward(
+                Upstream(*_of_rows(upstream, part)), chunk.rows,
+                (None, *_of_rows(saved, part)), options, logits,
+                None if grad_targets is None else grad_targets[:, part],
+            )  # fmt: skip
+            if logits is not None:
+                grads.add(chunk, logits[0])
+    made = *grads.finished(), grad_targets
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in made)
+
+
+def _rows(tensors, plan: Plan) -> Rows:
+    """The rows of (hidden, weight, bias, targets, ...); their logits take no memory."""
+    hidden, weight, _, *others = (None if t is None else t.detach() for t in tensors)
+    shape = 1, hidden.shape[0], weight.shape[0]
+    return Rows(hidden.new_zeros((), dtype=plan.logits_dtype).expand(shape), *others)
+
+
+def _checked_as(backend: str) -> str:
+    """The implementation whose targets the host may see before the first chunk."""
+    return "triton" if backend == "triton" else "reference"
+
+
+def _forward(head, rows, plan, needs, unweighted):
+    """(result, what backward needs of each row, gradients)."""
     of_rows = implementation(plan.backend)
-    options = plan.options._replace(normalizer=None)
+    options = plan.options
     if options.reduction == "mean":
         divisor = mean_divisor(rows, plan.options, compute_dtype(rows.logits))
-        if not isinstance(divisor, torch.Tensor):
-            divisor = rows.logits.new_full((), divisor, dtype=compute_dtype(rows.logits))
         rows = rows._replace(normalizer=divisor)
-    pieces = cut(rows, plan, hidden.device)
+    pieces = cut(rows, plan, head[0].device)
     grads, results = None, []
-    with without_autocast(hidden.device):
-        products = Products(hidden, weight, bias, rows, plan, pieces.largest)
+    with without_autocast(head[0].device):
+        products = Products(*head, rows, plan, pieces.largest)
         if any(needs):
-            grads = Gradients(hidden, weight, bias, needs, len(pieces.parts), pieces.covers_all)
+            grads = Gradients(*head, needs, len(pieces.parts), pieces.covers_all)
         for part in pieces.parts:
             chunk = products.chunk(part, pieces.ignored)
             if grads is None:
-                results.append(of_rows.forward(chunk.rows, options, unweighted))
+                results.append(of_rows.forward(chunk.rows, options, unweighted, keep=True))
                 continue
             logits = chunk.rows.logits
             results.append(of_rows.forward_with_grad(chunk.rows, options, logits, unweighted))
@@ -85,140 +245,44 @@ def _kept(results: list[Result], pieces, rows) -> tuple[torch.Tensor | None, ...
     return tuple(kept) or (None,) * 3
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Loss whose gradients are made in forward, or in backward from logits made once more."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, logits, targets, class_weight, sample_weight,
-                normalizer, plan):  # fmt: skip
-        """Hidden states to loss, and stats if asked for; saves what backward needs."""
-        needs, needs_targets = ctx.needs_input_grad[:3], ctx.needs_input_grad[4]
-        needs_sample_weight, options = ctx.needs_input_grad[6], plan.options
-        ctx.plan = plan
-        ctx.set_materialize_grads(False)
-        rows = Rows(logits, targets, class_weight, sample_weight, normalizer)
-        # Gradients summed over rows cannot be multiplied by an upstream gradient per row.
-        ctx.in_forward = (
-            any(needs) and not needs_targets and options.reduction != "none"
-            and options.makes_grad_in_forward(hidden.dtype)
-        )  # fmt: skip
-        made = needs if ctx.in_forward else (False,) * 3
-        result, kept, grads = _forward(hidden, weight, bias, rows, plan, made, needs_sample_weight)
-        loss = None
-        if needs_sample_weight and divides_by_weights(rows, options):
-            loss = result.loss.clone()  # the user may change the other
-        entropy = None if result.entropy is None else result.entropy.clone()
-        ctx.save_for_backward(
-            *grads, hidden, weight, bias, *rows, loss, result.unweighted, result.divisor, entropy,
-            *kept,
-        )  # fmt: skip
-        outputs = outputs_of(result, options)
-        if not options.return_stats:
-            return outputs[0]
-        ctx.mark_non_differentiable(result.predictions)
-        return outputs
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        """The gradients of hidden, weight, bias, probabilities and sample_weight."""
-        saved, options = ctx.saved_tensors, ctx.plan.options
-        finished, head, rows = saved[:3], saved[3:6], Rows(*saved[6:11])
-        loss, unweighted, divisor, *saved = saved[11:]
-        if torch.is_grad_enabled() or any(map(is_batched_or_dual, grad_outputs)):
-            return *_differentiable(ctx, grad_outputs, head, rows), None
-        grad_loss, grad_losses, grad_lse, grad_entropy = grads_of_outputs(grad_outputs, options)
-        grad_sample_weight = None
-        if ctx.needs_input_grad[6] and not (grad_loss is None and grad_losses is None):
-            grad_sample_weight = grad_of_sample_weight(
-                grad_loss, grad_losses, rows, loss, unweighted, divisor, options
-            )
-        if ctx.in_forward and grad_losses is None and grad_lse is None and grad_entropy is None:
-            grads = _scaled(ctx, finished, grad_loss)
-            return *grads, None, None, None, grad_sample_weight, None, None
-        if grad_loss is not None:
-            grad_loss = grad_loss if divisor is None else grad_loss / divisor
-            n_rows = rows.targets.shape[1]
-            grad_losses = grad_loss.expand(n_rows) + (0.0 if grad_losses is None else grad_losses)
-        upstream = Upstream(grad_losses, grad_lse, grad_entropy)
-        grads, grad_targets = _second_making(ctx, upstream, head, rows, tuple(saved))
-        return *grads, None, grad_targets, None, grad_sample_weight, None, None
-
-
-def _scaled(ctx, finished, grad_loss):
-    """The finished gradients times the upstream one; in place where nobody needs them again."""
+def _scaled(grad, grad_loss, backend):
+    """A finished gradient times the upstream one; in place where nobody needs it again."""
     if grad_loss is None:
-        return [None] * 3
-    kept, scaled = graph_is_kept(), []
-    for grad in finished:
-        if grad is None:
-            scaled.append(None)
-            continue
-        out = torch.empty_like(grad) if kept else grad
-        of_rows = [of.view(1, -1, of.shape[-1]) for of in (grad, out)]
-        implementation(ctx.plan.backend).scale(of_rows[0], grad_loss, of_rows[1])
-        scaled.append(out)
-    return scaled
+        return None
+    if is_traced(grad):  # a zero stays zero, as in `scale`
+        return (grad * grad_loss).masked_fill(grad == 0.0, 0.0).to(grad.dtype)
+    out = torch.empty_like(grad) if graph_is_kept() else grad
+    of_rows = [of.view(1, -1, of.shape[-1]) for of in (grad, out)]
+    implementation(backend).scale(of_rows[0], grad_loss, of_rows[1])
+    return out
 
 
-def _second_making(ctx, upstream, head, rows, saved):
-    """([hidden, weight, bias], probabilities): gradients from the logits of a chunk, once more."""
-    plan, needs = ctx.plan, ctx.needs_input_grad[:3]
-    grad_targets = None
-    if ctx.needs_input_grad[4] and upstream.loss is not None:
-        grad_targets = empty_gradient(rows.targets)
-    if not any(needs) and grad_targets is None:
-        return [None] * 3, None
-    options = plan.options._replace(reduction="none", normalizer=None)
-    rows = rows._replace(normalizer=None)
-    hidden, weight, bias = head
-    pieces = cut(rows, plan, hidden.device)
-    with without_autocast(hidden.device):
-        products = Products(hidden, weight, bias, rows, plan, pieces.largest)
-        grads = Gradients(hidden, weight, bias, needs, len(pieces.parts), pieces.covers_all)
-        for part in pieces.parts:
-            chunk = products.chunk(part, pieces.ignored)
-            logits = chunk.rows.logits if any(needs) else None
-            of_chunk = Upstream(*_of_rows(upstream, part))
-            implementation(plan.backend).backward(
-                of_chunk, chunk.rows, (None, *_of_rows(saved, part)), options, logits,
-                None if grad_targets is None else grad_targets[:, part],
-            )  # fmt: skip
-            if logits is not None:
-                grads.add(chunk, logits[0])
-    return grads.finished(), grad_targets
+def _made_again(ctx, upstream, tensors, saved):
+    """The gradients of hidden, weight, bias and probabilities, None where nobody needs them."""
+    *needs, needs_targets = ctx.needs_input_grad[:4]
+    needs = *needs, needs_targets and upstream[0] is not None
+    if not any(needs):
+        return (None,) * 4
+    is_seen = is_traced(tensors[0])
+    make = torch.ops.fused_ce.linear_gradients if is_seen else linear_gradients
+    made = make(*upstream, *tensors, *saved, *needs, *ctx.plan.flat())
+    return [grad if needed else None for grad, needed in zip(made, needs, strict=True)]
 
 
 def _of_rows(tensors, part):
     return [None if tensor is None else tensor[part] for tensor in tensors]
 
 
-def _differentiable(ctx, grad_outputs, head, rows):
+def _differentiable(ctx, grad_outputs, tensors):
     """The gradients as functions of the inputs and of the upstream ones, from whole logits."""
-    plan, tensors = ctx.plan, (*head, *rows)
-    with torch.enable_grad(), without_autocast(head[0].device):
-        logits = linear_logits(*head, rows.targets[0], plan.options.ignore_index, plan.logits_dtype)
-        rows = rows._replace(logits=logits[None])
+    (hidden, weight, bias, targets, *others), plan = tensors, ctx.plan
+    with torch.enable_grad(), without_autocast(hidden.device):
+        logits = linear_logits(
+            hidden, weight, bias, targets[0], plan.options.ignore_index, plan.logits_dtype
+        )
+        rows = Rows(logits[None], targets, *others)
         if any(map(is_batched_or_dual, grad_outputs)):  # plain PyTorch takes them as they are
             outputs = reference(rows, plan.options)
         else:
             outputs = cross_entropy_of_rows(rows, plan.options, plan.backend)
-    if plan.options.return_stats and plan.options.reduction == "none":
-        outputs = outputs[1:]  # the loss is the losses
-    used = [
-        (output, grad)
-        for output, grad in zip(outputs, grad_outputs, strict=True)
-        if grad is not None and output.requires_grad
-    ]
-    if not used:
-        return (None,) * 8
-    needs = ctx.needs_input_grad[:8]
-    grads = iter(
-        torch.autograd.grad(
-            [output for output, _ in used],
-            [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed],
-            [grad for _, grad in used],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )  # fmt: skip
-    )
-    return [next(grads) if needed else None for needed in needs]
+    return grads_of_used(outputs, grad_outputs, tensors, ctx.needs_input_grad[:N_TENSORS])

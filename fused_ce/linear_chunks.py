@@ -8,6 +8,7 @@ import torch
 
 from fused_ce.options import LossOptions
 from fused_ce.rows import Result, Rows, compute_dtype
+from fused_ce.tracing import is_autocast
 
 Part = slice | torch.Tensor  # of rows: those of a slice, or those whose numbers a tensor holds
 
@@ -18,13 +19,37 @@ CPU_MOST_ROWS = 1024
 
 
 class Plan(NamedTuple):
-    """How a call is computed: its options, and how its rows are cut."""
+    """How a call is computed: its options, and how its rows are cut.
+
+    A normalizer travels with the rows, a number too.
+    """
 
     options: LossOptions
     backend: str
     logits_dtype: torch.dtype
     skip_ignored: bool
     chunk_size: int | None
+
+    @classmethod
+    def of(
+        cls, ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap, return_stats,
+        backend, logits_dtype, skip_ignored, chunk_size,
+    ) -> "Plan":  # fmt: skip
+        """From the arguments of an operator."""
+        options = LossOptions(
+            ignore_index, reduction, label_smoothing, z_loss=z_loss, logit_scale=logit_scale,
+            softcap=softcap, return_stats=return_stats,
+        )  # fmt: skip
+        return cls(options, backend, logits_dtype, skip_ignored, chunk_size)
+
+    def flat(self) -> tuple:
+        """As the arguments of an operator: what `of` takes."""
+        options = self.options
+        return (
+            options.ignore_index, options.reduction, options.label_smoothing, options.z_loss,
+            options.logit_scale, options.softcap, options.return_stats, self.backend,
+            self.logits_dtype, self.skip_ignored, self.chunk_size,
+        )  # fmt: skip
 
 
 class Chunk(NamedTuple):
@@ -217,7 +242,7 @@ def placed(found: list[torch.Tensor], cut: Cut, out: torch.Tensor) -> torch.Tens
 @contextlib.contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """The dtypes of products are decided here."""
-    if not torch.is_autocast_enabled(device.type):
+    if not is_autocast(device.type):
         yield
         return
     with torch.autocast(device.type, enabled=False):

@@ -1,9 +1,11 @@
 """Hidden states to loss: the public function, and which of the paths below computes it."""
 
+import math
+
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_ce.arguments import check_memory, check_targets_on_host, prepare
+from fused_ce.arguments import check_memory, prepare
 from fused_ce.backend import choose
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.linear_arguments import check_cutting, check_whole, prepare_head
@@ -11,6 +13,7 @@ from fused_ce.linear_autograd import linear_cross_entropy
 from fused_ce.linear_chunks import Plan, without_autocast
 from fused_ce.options import LossOptions
 from fused_ce.reference import linear_logits
+from fused_ce.rows import compute_dtype
 from fused_ce.stats import CrossEntropyStats
 from fused_ce.tracing import is_traced, is_transformed
 
@@ -41,8 +44,8 @@ def fused_linear_cross_entropy(
     They are made a chunk of rows at a time, in one buffer, which their gradient overwrites before
     it goes into those of `hidden`, `linear_weight` and `linear_bias`. Three matrix products in all,
     four where gradients are made in backward; none of those that nobody needs. Whole logits are
-    made for derivatives beyond the first, torch.func, vmap, forward-mode AD, torch.compile, a
-    TorchDispatchMode and backend("reference").
+    made for derivatives beyond the first, torch.func, vmap, forward-mode AD, torch.jit.trace and
+    backend("reference"). Compilers and dispatch modes see one operator and no logits.
 
     Args:
         hidden: (..., H); float16, bfloat16, float32 or float64. Rows with the target
@@ -98,9 +101,8 @@ def fused_linear_cross_entropy(
     check_cutting(skip_ignored, chunk_size)
     head = prepare_head(hidden, linear_weight, linear_bias, targets, logits_dtype)
     backend = choose(hidden.device)
-    if backend == "reference" or torch.jit.is_tracing() or is_traced(head.hidden) or is_transformed(
-        (head.hidden, head.weight, head.bias, targets, sample_weight)
-    ):  # fmt: skip
+    tensors = (head.hidden, head.weight, head.bias, targets, sample_weight)
+    if backend == "reference" or torch.jit.is_tracing() or is_transformed(tensors):
         with without_autocast(hidden.device):
             logits = linear_logits(*head[:3], targets, ignore_index, head.logits_dtype)
         return fused_cross_entropy(
@@ -119,18 +121,23 @@ def fused_linear_cross_entropy(
 
 def _in_chunks(head, targets, weight, sample_weight, options, backend, cutting):
     """The loss without whole logits; cutting is (skip_ignored, chunk_size)."""
-    check_whole(head)
     call = prepare(head.stand_in(), targets, weight, sample_weight, -1, options)
-    check_memory(call.rows)
-    n_rows, vocab_size = call.rows.logits.shape[:2].numel(), head.weight.shape[0]
+    if not is_traced(head.hidden):
+        check_whole(head)
+        check_memory(call.rows)
+    n_rows, vocab_size = math.prod(head.hidden.shape[:-1]), head.weight.shape[0]
     flat = call.rows.targets.reshape(1, n_rows, *call.rows.targets.shape[2:])
     rows = call.rows._replace(
         logits=call.rows.logits.reshape(1, n_rows, vocab_size),
         targets=flat if call.rows.has_probabilities else flat.long(),
     )
-    check_targets_on_host(rows, call.options, "triton" if backend == "triton" else "reference")
+    options = call.options
+    if options.normalizer is not None:  # a number of an operator would be a constant of a graph
+        ones = rows.logits.new_ones((), dtype=compute_dtype(rows.logits))
+        rows = rows._replace(normalizer=ones * options.normalizer)
+        options = options._replace(normalizer=None)
     skips, chunk_size = cutting
     skips = head.hidden.device.type == "cpu" if skips is None else skips
-    plan = Plan(call.options, backend, head.logits_dtype, skips, chunk_size)
+    plan = Plan(options, backend, head.logits_dtype, skips, chunk_size)
     states = head.hidden.reshape(n_rows, head.hidden.shape[-1])
-    return call.returned(linear_cross_entropy(states, head.weight, head.bias, rows, plan))
+    return call.returned(linear_cross_entropy((states, head.weight, head.bias), rows, plan))

@@ -1,11 +1,13 @@
 """The operators of torch.library: what a compiler sees of a loss, instead of its kernels.
 
 `torch.ops.fused_ce.row_losses`, `.row_gradients` and `.row_tangents` are the three functions of
-row_losses.py, with their derivatives. Their results are told from shapes alone.
+row_losses.py, with their derivatives; `.linear_losses` and `.linear_gradients` the two of
+linear_autograd.py. Their results are told from shapes alone.
 """
 
 import torch
 
+from fused_ce.linear_autograd import LinearLosses, kinds_of_linear_results, linear_gradients
 from fused_ce.options import RowOptions
 from fused_ce.row_losses import RowGradients, RowLosses, kinds_of_results
 from fused_ce.row_tangents import RowTangents, folded
@@ -18,6 +20,17 @@ NEEDS = "bool needs_logits, bool needs_targets"
 OPTIONS = (
     "SymInt ignore_index, float label_smoothing, float z_loss, float logit_scale, float? softcap, "
     "bool return_stats, str backend"
+)
+
+HEAD = (
+    "Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor targets, Tensor? weight, "
+    "Tensor? sample_weight, Tensor? normalizer"
+)
+NEEDS_HEAD = "bool needs_hidden, bool needs_weight, bool needs_bias"
+PLAN = (
+    "SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float logit_scale, "
+    "float? softcap, bool return_stats, str backend, ScalarType logits_dtype, bool skip_ignored, "
+    "SymInt? chunk_size"
 )
 
 
@@ -70,24 +83,54 @@ def _moved(tensor):
     return place.copy_(tensor)
 
 
-def _register(name, arguments, n_results, function, fake):
+def _linear_losses(*args):
+    kinds = kinds_of_linear_results(*args)
+    return tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in kinds)
+
+
+def _linear_gradients(*args):
+    hidden, weight, bias, targets = args[3:7]
+    *needs_head, needs_targets = args[14:18]
+    made = [
+        like.new_empty(like.shape) if needed else hidden.new_empty(0)
+        for like, needed in zip((hidden, weight, bias), needs_head, strict=True)
+    ]
+    return *made, empty_gradient(targets, 0) if needs_targets else hidden.new_empty(0)
+
+
+def _operator(name, arguments, n_results, function, fake):
     results = ", ".join(["Tensor"] * n_results)
     operator = torch.library.custom_op(
-        f"fused_ce::{name}", _aligned(function.forward), mutates_args=(),
-        schema=f"({arguments}, {OPTIONS}) -> ({results})",
+        f"fused_ce::{name}", _aligned(function), mutates_args=(),
+        schema=f"({arguments}) -> ({results})",
         tags=(torch.Tag.needs_exact_strides,),  # a gradient lies as its logits do
     )  # fmt: skip
     operator.register_fake(fake)
+    return operator
+
+
+def _of_rows(name, arguments, n_results, function, fake):
+    operator = _operator(name, f"{arguments}, {OPTIONS}", n_results, function.forward, fake)
     operator.register_vmap(
         lambda info, in_dims, *args: folded(operator, info, in_dims, args, function.weight_at)
     )
     operator.register_autograd(function.backward, setup_context=function.setup_context)
 
 
-_register("row_losses", ROWS, 7, RowLosses, _row_losses)
-_register("row_gradients", f"{UPSTREAM}, {ROWS}, {KEPT}, {NEEDS}", 2, RowGradients, _row_gradients)
-_register(
+_of_rows("row_losses", ROWS, 7, RowLosses, _row_losses)
+_of_rows("row_gradients", f"{UPSTREAM}, {ROWS}, {KEPT}, {NEEDS}", 2, RowGradients, _row_gradients)
+_of_rows(
     "row_tangents",
     f"Tensor? logits_direction, Tensor? targets_direction, {UPSTREAM}, {ROWS}, {NEEDS}",
     5, RowTangents, _row_tangents,
+)  # fmt: skip
+_operator(
+    "linear_losses", f"{HEAD}, {NEEDS_HEAD}, bool unweighted, {PLAN}", 13,
+    LinearLosses.forward, _linear_losses,
+).register_autograd(LinearLosses.backward, setup_context=LinearLosses.setup_context)  # fmt: skip
+_operator(
+    "linear_gradients",
+    f"{UPSTREAM}, {HEAD}, Tensor entropy, Tensor row_max, Tensor row_sum, Tensor row_weight, "
+    f"{NEEDS_HEAD}, bool needs_targets, {PLAN}",
+    4, linear_gradients, _linear_gradients,
 )  # fmt: skip

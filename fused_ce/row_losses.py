@@ -69,6 +69,27 @@ def _counted_weight(of_rows, rows, options):
     return of_rows.masked_fill(rows.targets.flatten().long() == options.ignore_index, 0.0)
 
 
+def grads_of_used(outputs, grad_outputs, inputs, needs) -> list[torch.Tensor | None]:
+    """The gradients of inputs, where needed, for those outputs that have an upstream gradient."""
+    used = [
+        (output, grad)
+        for output, grad in zip(outputs, grad_outputs, strict=False)
+        if grad is not None and output.requires_grad
+    ]
+    if not used:
+        return [None] * len(inputs)
+    grads = iter(
+        torch.autograd.grad(
+            [output for output, _ in used],
+            [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed],
+            [grad for _, grad in used],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )  # fmt: skip
+    )
+    return [next(grads) if needed else None for needed in needs]
+
+
 def row_losses(logits, targets, weight, *options):
     """(losses, lse, entropy, predictions, row_max, row_sum, row_weight); see `RowLosses`."""
     if is_traced(logits):

@@ -45,6 +45,11 @@ def jit_trace_paused() -> Iterator[None]:
         torch._C._set_tracing_state(state)
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for such devices; of some, "meta" say, PyTorch raises if asked."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def is_batched_or_dual(grad: torch.Tensor | None) -> bool:
     """Whether an upstream gradient is batched (is_grads_batched, vmap) or a dual number."""
     if grad is None:
