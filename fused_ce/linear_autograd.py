@@ -10,7 +10,8 @@ import torch
 from fused_ce.arguments import check_targets_on_host
 from fused_ce.autograd import grad_of_sample_weight
 from fused_ce.backend import implementation
-from fused_ce.linear_chunks import Gradients, Plan, Products, cut, merged, placed, without_autocast
+from fused_ce.linear_chunks import Plan, cut, merged, placed, without_autocast
+from fused_ce.linear_products import Gradients, Products
 from fused_ce.reference import linear_logits, reference
 from fused_ce.row_losses import cross_entropy_of_rows, grads_of_used, mean_divisor
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype, empty_gradient

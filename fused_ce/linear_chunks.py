@@ -1,4 +1,4 @@
-"""Logits of a chunk of rows, in one buffer for all chunks, and the gradients made of theirs."""
+"""How the rows of a call are cut into chunks, and the results of the chunks put together."""
 
 import contextlib
 from collections.abc import Iterator
@@ -71,113 +71,14 @@ def rows_at_once(n_rows: int, vocab_size: int, itemsize: int, device_type: str) 
         share = n_rows // (8 if itemsize > 2 else 16)
         most = max(CPU_ROWS, min(share, CPU_MOST_ROWS))
     else:
-        most = max(GPU_ROWS, GPU_BYTES // (_padded(vocab_size) * itemsize))
+        most = max(GPU_ROWS, GPU_BYTES // (padded(vocab_size) * itemsize))
     n_chunks = max(1, -(-n_rows // most))
     return max(1, -(-n_rows // n_chunks))
 
 
-def _padded(vocab_size: int) -> int:
+def padded(vocab_size: int) -> int:
     """The row stride of logits on a GPU: with less the products are not aligned."""
     return -(-vocab_size // 64) * 64
-
-
-class Products:
-    """The matrix products that lead from hidden states to logits, a chunk at a time."""
-
-    def __init__(self, hidden, weight, bias, rows, plan, n_rows):
-        """For chunks of at most n_rows of hidden (n_rows, H); rows have all but the logits."""
-        self.hidden, self.weight, self.bias = (
-            None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias)
-        )
-        self.rows = Rows(*(None if tensor is None else tensor.detach() for tensor in rows))
-        self.dtype = plan.logits_dtype
-        self.on_cpu = hidden.device.type == "cpu"
-        self.vocab_size = weight.shape[0]
-        stride = self.vocab_size if self.on_cpu else _padded(self.vocab_size)
-        self.buffer = hidden.new_empty(n_rows, stride, dtype=self.dtype)
-        if self.on_cpu and self.dtype != weight.dtype:
-            self.weight = self.weight.to(self.dtype)  # a CPU's product is of one dtype
-
-    def chunk(self, part: Part, ignored: torch.Tensor | None) -> Chunk:
-        """The logits of some rows, in the buffer until the next chunk's."""
-        hidden = self.hidden[part]
-        if ignored is not None:  # NaN in them would come back through 0 * NaN
-            hidden = hidden.masked_fill(ignored[part][:, None], 0.0)
-        logits = self.buffer[: hidden.shape[0], : self.vocab_size]
-        if self.on_cpu:
-            operand = hidden.to(self.dtype)
-            if self.bias is None:
-                torch.mm(operand, self.weight.T, out=logits)
-            else:
-                torch.addmm(self.bias.to(self.dtype), operand, self.weight.T, out=logits)
-        elif self.dtype != hidden.dtype:
-            torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=logits)
-            if self.bias is not None:
-                logits.add_(self.bias)
-        elif self.bias is None:
-            torch.mm(hidden, self.weight.T, out=logits)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.T, out=logits)
-        sample_weight = self.rows.sample_weight
-        rows = self.rows._replace(
-            logits=logits[None],
-            targets=self.rows.targets[0][part][None],
-            sample_weight=None if sample_weight is None else sample_weight[part],
-        )
-        return Chunk(part, hidden, rows)
-
-
-class Gradients:
-    """Of hidden states, weight and bias, those that are needed: sums over chunks."""
-
-    def __init__(self, hidden, weight, bias, needs, n_chunks, covers_all):
-        """Places for them; rows that no chunk has get 0."""
-        self.head_weight = weight.detach()
-        needs_hidden, needs_weight, needs_bias = needs
-        self.hidden = self.weight = self.bias = None
-        if needs_hidden:
-            self.hidden = hidden.new_empty(hidden.shape)
-            if not covers_all:
-                self.hidden.zero_()
-        self.sums = n_chunks > 1 and compute_dtype(weight) != weight.dtype
-        self.weight_dtype = weight.dtype
-        if needs_weight:
-            dtype = compute_dtype(weight) if self.sums else weight.dtype
-            self.weight = weight.new_empty(weight.shape, dtype=dtype)
-            if n_chunks == 0:
-                self.weight.zero_()
-        if needs_bias:
-            self.bias = bias.new_zeros(bias.shape, dtype=compute_dtype(bias))
-            self.bias_dtype = bias.dtype
-        self.is_first = True
-
-    def add(self, chunk: Chunk, grad_logits: torch.Tensor) -> None:
-        """What a chunk contributes, by the gradient of its logits (n, V)."""
-        if self.bias is not None:
-            self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
-        grad = grad_logits.to(self.head_weight.dtype)
-        if self.hidden is not None and isinstance(chunk.part, slice):
-            torch.mm(grad, self.head_weight, out=self.hidden[chunk.part])
-        elif self.hidden is not None:
-            self.hidden[chunk.part] = torch.mm(grad, self.head_weight)
-        if self.weight is not None:
-            self._add_to_weight(grad.T, chunk.hidden)
-        self.is_first = False
-
-    def _add_to_weight(self, grad, hidden):
-        if self.weight.device.type == "cpu":  # where a product has one dtype
-            grad, hidden = grad.to(self.weight.dtype), hidden.to(self.weight.dtype)
-        in_dtype = {} if grad.dtype == self.weight.dtype else dict(out_dtype=self.weight.dtype)
-        if self.is_first:
-            torch.mm(grad, hidden, out=self.weight, **in_dtype)
-        else:
-            torch.addmm(self.weight, grad, hidden, out=self.weight, **in_dtype)
-
-    def finished(self) -> list[torch.Tensor | None]:
-        """Those of hidden, weight and bias, each rounded once."""
-        weight = None if self.weight is None else self.weight.to(self.weight_dtype)
-        bias = None if self.bias is None else self.bias.to(self.bias_dtype)
-        return [self.hidden, weight, bias]
 
 
 class Cut(NamedTuple):

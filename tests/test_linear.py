@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from fused_ce import (
     FusedLinearCrossEntropyLoss,
     fused_linear_cross_entropy,
+    linear_products,
     reference_linear_cross_entropy,
 )
+from fused_ce.cpu import machine
 from fused_ce.linear_chunks import rows_at_once
 
 OPTIONS = [
@@ -290,6 +292,47 @@ class TestProducts:
         with torch.no_grad():
             seen = products_of(lambda: fused_linear_cross_entropy(*head[:2], targets))
         assert len(seen) == 1
+
+
+class TestProductsOf16Bits:
+    """On a CPU they are its own, or those of copies in float32, a block of classes at a time."""
+
+    @pytest.fixture(params=[True, False], ids=["of-its-own", "copies"], autouse=True)
+    def multiplies(self, request, monkeypatch):
+        monkeypatch.setattr(machine, "multiplies", lambda dtype: request.param)
+        monkeypatch.setattr(linear_products, "BLOCK", 10)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
+    @pytest.mark.parametrize("chunk_size", [4, 11])
+    @pytest.mark.parametrize(
+        "call", [{}, dict(reduction="none"), dict(skip_ignored=False)], ids=str
+    )
+    def test_as_whole_logits(self, dtype, logits_dtype, chunk_size, call):
+        head, targets = a_head(dtype=dtype), some_targets()
+        call = dict(call, logits_dtype=logits_dtype)
+        ours = all_of(fused_linear_cross_entropy, head, targets, chunk_size=chunk_size, **call)
+        right = all_of(reference_linear_cross_entropy, head, targets, **call)
+        eps = torch.finfo(dtype).eps
+        for mine, other in zip(ours[0] + list(ours[1]), right[0] + list(right[1]), strict=True):
+            assert mine.dtype == other.dtype
+            atol = 4 * eps * other.abs().max().item()
+            torch.testing.assert_close(mine, other, rtol=4 * eps, atol=atol)
+
+    @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)], ids=str)
+    def test_frozen_parts(self, frozen):
+        head, targets = a_head(dtype=torch.bfloat16), some_targets()
+        found = []
+        for part in (frozen, ()):
+            leaves = [t.clone().requires_grad_(i not in part) for i, t in enumerate(head)]
+            fused_linear_cross_entropy(
+                *leaves[:2], targets, linear_bias=leaves[2], chunk_size=4
+            ).backward()
+            found.append([t.grad for t in leaves])
+        for i, (mine, right) in enumerate(zip(*found, strict=True)):
+            assert (mine is None) == (i in frozen)
+            if mine is not None:
+                torch.testing.assert_close(mine, right, rtol=0, atol=0)
 
 
 class TestNumbers:

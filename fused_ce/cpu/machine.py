@@ -1,7 +1,8 @@
-"""What depends on the machine: which exponential is fast there, and how large its pages are."""
+"""What depends on the machine: its exponentials, its products of 16 bits, its pages."""
 
 import contextlib
 import ctypes
+import functools
 import math
 import sys
 
@@ -21,6 +22,19 @@ def _is_intel() -> bool:
 # The exponential of d * UNIT. torch.exp is MKL's, which on Intel's processors takes the time of
 # exp2 and spares the product; on AMD's it takes four times that of exp2, which is PyTorch's own.
 POWER, UNIT = (torch.exp, 1.0) if _is_intel() else (torch.exp2, LOG2E)
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether matrix products of this dtype of 16 bits are faster than those of float32 copies.
+
+    Only if the processor has instructions for them; without, PyTorch's take four times as long.
+    """
+    names = {
+        torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }[dtype]
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def _madvise():
