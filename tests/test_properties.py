@@ -21,7 +21,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from fused_ce import fused_cross_entropy  # noqa: E402
+from fused_ce import fused_cross_entropy, fused_linear_cross_entropy  # noqa: E402
 
 REDUCTIONS = ["mean", "sum", "none"]
 ROUTES = [None, True, False]
@@ -419,3 +419,84 @@ def test_both_routes_and_inplace_give_the_same_numbers(device, call, data):
             copies = [None if tensor is None else tensor.clone() for tensor in call]
             again = outcome(device, *copies, grad_in_forward=route, inplace=inplace, **options)
             agree(again, right)
+
+
+@st.composite
+def heads(draw):
+    """(hidden, weight, bias or None, targets, options) of a linear loss in float64."""
+    n_rows, n_features = draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    vocab_size = draw(st.sampled_from([1, 2, 7, 33, 1030]))
+    seed = draw(st.integers(0, 99))
+    hidden = random_logits(n_rows, n_features, dtype=torch.float64, seed=seed, scale=2.0)
+    weight = random_logits(vocab_size, n_features, dtype=torch.float64, seed=seed + 1, scale=1.0)
+    bias = random_logits(vocab_size, dtype=torch.float64, seed=seed + 2)
+    targets = random_targets(n_rows, classes=vocab_size, seed=seed)
+    ignored = draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows))
+    targets[torch.tensor(ignored)] = -100
+    options = dict(
+        reduction=draw(st.sampled_from(REDUCTIONS)),
+        label_smoothing=draw(st.sampled_from([0.0, 0.1])),
+        z_loss=draw(st.sampled_from([0.0, 0.01])),
+        softcap=draw(st.sampled_from([None, 4.0])),
+        logit_scale=draw(st.sampled_from([1.0, -0.5])),
+        grad_in_forward=draw(st.sampled_from(ROUTES)),
+    )
+    return hidden, weight, bias if draw(st.booleans()) else None, targets, options
+
+
+def linear_outcome(device, hidden, weight, bias, targets, options, **cutting):
+    """Loss, losses and gradients, for an upstream gradient that is not 1."""
+    leaves = [
+        on(device, t).detach().requires_grad_() for t in (hidden, weight, bias) if t is not None
+    ]
+    bias = leaves[2] if bias is not None else None
+    loss, stats = fused_linear_cross_entropy(
+        *leaves[:2], targets.to(device), linear_bias=bias, return_stats=True, **options, **cutting
+    )
+    grads = torch.autograd.grad(loss, leaves, random_upstream(loss))
+    return [loss.detach(), *(s.detach() for s in stats), *grads]
+
+
+@given(heads(), st.integers(1, 12), st.sampled_from([None, True, False]))
+@FEWER
+def test_any_chunk_size_gives_the_same(device, head, chunk_size, skip_ignored):
+    whole = linear_outcome(device, *head, chunk_size=100, skip_ignored=False)
+    parts = linear_outcome(device, *head, chunk_size=chunk_size, skip_ignored=skip_ignored)
+    torch.testing.assert_close(parts, whole, equal_nan=True)
+
+
+@given(heads(), st.integers(1, 5), st.randoms(use_true_random=False))
+@FEWER
+def test_permuting_the_tokens_permutes_what_is_theirs(device, head, chunk_size, random):
+    hidden, weight, bias, targets, options = head
+    order = list(range(len(targets)))
+    random.shuffle(order)
+    options = dict(options, reduction="sum")
+    loss, *stats, grad_hidden, grad_weight = linear_outcome(
+        device, hidden, weight, None, targets, options, chunk_size=chunk_size
+    )
+    moved, *moved_stats, moved_hidden, moved_weight = linear_outcome(
+        device, hidden[order], weight, None, targets[order], options, chunk_size=chunk_size
+    )
+    torch.testing.assert_close((moved, moved_weight), (loss, grad_weight))
+    torch.testing.assert_close(moved_hidden, grad_hidden[order])
+    torch.testing.assert_close(moved_stats, [s[order] for s in stats])
+
+
+@given(heads(), st.integers(1, 5), st.sampled_from([None, True, False]))
+@FEWER
+def test_leaving_ignored_tokens_out_changes_nothing(device, head, chunk_size, skip_ignored):
+    hidden, weight, bias, targets, options = head
+    counted = targets != -100
+    hidden = hidden.masked_fill(~counted[:, None], torch.nan)
+    options = dict(options, reduction="mean", normalizer=3.0)
+    cutting = dict(chunk_size=chunk_size, skip_ignored=skip_ignored)
+    loss, *_, grad_hidden, grad_weight = linear_outcome(
+        device, hidden, weight, None, targets, options, **cutting
+    )
+    right, *_, of_counted, of_weight = linear_outcome(
+        device, hidden[counted], weight, None, targets[counted], options, **cutting
+    )
+    torch.testing.assert_close((loss, grad_weight), (right, of_weight))
+    torch.testing.assert_close(grad_hidden[counted], of_counted)
+    assert (grad_hidden[~counted] == 0).all()
