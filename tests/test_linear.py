@@ -498,6 +498,44 @@ class TestGraphs:
         torch.testing.assert_close(traced(other, head[1], targets), right)
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has it")
+@pytest.mark.filterwarnings("ignore")
+class TestBesideTorch:
+    """What docs/guide.md says of F.linear_cross_entropy, and that we agree where it is right."""
+
+    def both(self, head, targets, **call):
+        torchs = torch.nn.LinearCrossEntropyOptions()
+        theirs = F.linear_cross_entropy(*head[:2], targets, options=torchs, **call)
+        return fused_linear_cross_entropy(*head[:2], targets, **call), theirs
+
+    @pytest.mark.parametrize(
+        "call", [{}, dict(reduction="none"), dict(label_smoothing=0.1)], ids=str
+    )
+    def test_the_same_numbers(self, call):
+        head = [t.requires_grad_() for t in a_head(dtype=torch.float32)[:2]]
+        losses = self.both(head, some_targets(), **call)
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), head) for loss in losses))
+
+    def test_whole_logits_for_smoothing(self):
+        with pytest.warns(UserWarning, match="options.. ignored"):
+            self.both(a_head(dtype=torch.float32), some_targets(), label_smoothing=0.1)
+
+    def test_ignored_rows_with_nan(self):
+        head, targets = a_head(dtype=torch.float32), some_targets()
+        head[0][targets == -100] = torch.nan
+        ours, theirs = self.both(head, targets)
+        assert ours.isfinite() and theirs.isnan()
+
+    def test_shapes_and_dtypes(self):
+        head, targets = a_head(dtype=torch.bfloat16), some_targets()
+        ours, theirs = self.both(head, targets)
+        assert ours.dtype == torch.float32 and theirs.dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="dimensionality"):
+            self.both((head[0][None], head[1]), targets[None])
+        assert fused_linear_cross_entropy(head[0][None], head[1], targets[None]) == ours
+
+
 class TestAutocast:
     @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
     @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -604,6 +642,24 @@ class TestErrors:
         call |= dict(targets=some_targets()) | change
         with pytest.raises(error, match=message):
             function(**call)
+
+    def test_a_shard_is_refused(self):
+        """An FSDP shard of the weight looks just like a shard of the vocabulary."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+        head, targets = a_head(), some_targets()
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            for placement in (Shard(0), Replicate()):
+                shard = DTensor.from_local(head[1], mesh, [placement])
+                for weight in (shard, torch.nn.Parameter(shard)):
+                    with pytest.raises(TypeError, match="linear_weight must be a plain.*unshard"):
+                        fused_linear_cross_entropy(head[0], weight, targets)
+        finally:
+            torch.distributed.destroy_process_group()
 
     def test_function_modes_see_one_function(self):
         head, targets, seen = a_head(), some_targets(), []

@@ -146,6 +146,35 @@ def test_pages_name_tests_that_exist(name):
     assert all("::test_" in row for row in rows)
 
 
+def test_the_guide_names_tests_that_exist():
+    page = (ROOT / "docs" / "guide.md").read_text("utf-8")
+    named, file = [], None
+    for first, path in re.findall(r"`(?:tests/)?([\w/]+\.py)?::([\w:]+)`", page):
+        file = first or file  # `::test` is in the file named before
+        named.append((file, path.split("::")))
+    assert len(named) > 10
+    for file, names in named:
+        source = (ROOT / "tests" / file).read_text("utf-8")
+        for name in names:
+            assert re.search(rf"(def|class) {name}\b", source), f"{file}: {name}"
+
+
+def test_the_examples_of_the_guide_run():
+    """All of them, one after the other."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text("utf-8"), re.DOTALL
+    )
+    assert len(blocks) >= 4
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["head"].weight.grad.isfinite().all() and names["states"].grad.isfinite().all()
+    ratio, actions = names["ratio"], names["actions"]
+    logits = names["states"].float() @ names["policy"].weight.float().T
+    right = (logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0] + 6.9).exp()
+    torch.testing.assert_close(ratio, right, rtol=1e-5, atol=0)
+
+
 def test_the_examples_of_the_readme_run():
     """Those of its section "Use"; the libraries' are with the tests of those."""
     readme = (ROOT / "README.md").read_text("utf-8")
