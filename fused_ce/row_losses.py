@@ -34,9 +34,10 @@ def cross_entropy_of_rows(
         )
     row_options = RowOptions.of(options, backend)
     losses, lse, entropy, predictions, *_ = row_losses(*rows[:3], *row_options)
-    sample_weight = rows.sample_weight
-    if sample_weight is not None:
-        losses = losses * _counted_weight(sample_weight.to(losses.dtype), rows, options)
+    if rows.sample_weight is not None:
+        # Converted once: its gradient is a difference, of which both parts would be rounded.
+        rows = rows._replace(sample_weight=rows.sample_weight.to(losses.dtype))
+        losses = losses * _counted_weight(rows.sample_weight, rows, options)
     loss = losses
     if options.reduction != "none":
         loss = losses.sum()

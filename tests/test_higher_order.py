@@ -517,6 +517,21 @@ def test_gradient_penalty_trains_as_with_torch(fused_device):
     torch.testing.assert_close(trained(fused_cross_entropy), trained(F.cross_entropy))
 
 
+def test_a_weight_of_fewer_digits_gets_its_gradient_rounded_once(device):
+    """It is a difference, of the loss and of what moves the mean's divisor, of nearly one size."""
+    targets = random_targets(6, classes=9, device=device)
+    logits = random_logits(6, 9, dtype=torch.float64, device=device)
+    logits.scatter_add_(1, targets[:, None], torch.full_like(logits, -1000.0))
+    logits.requires_grad_()
+    factors = torch.rand(6, generator=generator(3)).to(device).requires_grad_()
+    loss = fused_cross_entropy(logits, targets, sample_weight=factors)
+    (found,) = torch.autograd.grad(loss, factors, create_graph=True)
+    wide = factors.detach().double().requires_grad_()
+    loss = fused_cross_entropy(logits, targets, sample_weight=wide)
+    (right,) = torch.autograd.grad(loss, wide)
+    torch.testing.assert_close(found, right.float(), rtol=2e-7, atol=0)
+
+
 def test_several_blocks_are_as_one(monkeypatch):
     logits, targets, _ = inputs("cpu")
 
