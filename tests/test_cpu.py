@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import (
     assert_as_exact_as_torch,
     fused,
@@ -13,7 +14,8 @@ from oracle import (
     random_weight,
 )
 
-from fused_ce import backend, cpu, fused_cross_entropy
+from fused_ce import backend, cpu, fused_cross_entropy, reference_cross_entropy
+from fused_ce.cpu import passes
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +141,9 @@ def test_a_block_is_small_and_every_thread_gets_one(n_rows, n_threads, in_scratc
     for vocab_size in (1, 2, 65, 1000, 50257, 1_000_000):
         rows = cpu.blocks.block_rows(n_rows, vocab_size, n_threads, in_scratch)
         megabytes = rows * vocab_size * 4 / 2**20
+        if n_rows * vocab_size * 4 <= 4 * 2**20:  # all of them are one block
+            assert rows == n_rows
+            continue
         assert megabytes <= (1 if in_scratch else 2) or rows == 4
         assert rows * n_threads <= n_rows + n_threads or rows == 4 or megabytes <= 0.5
 
@@ -208,3 +213,75 @@ def test_peak_memory_is_one_gradient(options, dtype, route, inplace, reduction, 
     finally:
         torch.set_num_threads(threads)
     assert peak <= limit * logits.numel() * logits.element_size()
+
+
+class TestFewPlainRows:
+    """They take PyTorch's own four operations: the same numbers as blocks of rows."""
+
+    def results(self, logits, targets, **options):
+        logits = logits.clone().requires_grad_()
+        source = logits * 1 if options.get("inplace") else logits
+        loss = fused_cross_entropy(source, targets, **options)
+        return loss.detach(), torch.autograd.grad(loss, logits, random_upstream(loss))[0]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("route", [True, False])
+    @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "inplace"])
+    def test_as_blocks_of_rows(self, dtype, reduction, route, layout, monkeypatch):
+        logits = random_logits(20, 65, dtype=dtype)
+        if layout == "transposed":
+            logits = random_logits(65, 20, dtype=dtype).T
+        elif layout == "strided":
+            logits = random_logits(40, 70, dtype=dtype)[::2, 3:-2]
+        call = dict(
+            reduction=reduction, grad_in_forward=route, ignore_index=-1,
+            inplace=layout == "inplace",
+        )  # fmt: skip
+        targets = random_targets(20, classes=65)
+        found = self.results(logits, targets, **call)
+        monkeypatch.setattr(passes, "are_few", lambda *_: False)
+        right = self.results(logits, targets, **call)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found[0], right[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[1], right[1], rtol=4 * eps, atol=1e-7)
+
+    @pytest.mark.parametrize("at", [0, 19])
+    def test_ignored_rows_keep_their_nan(self, at):
+        logits, targets = random_logits(20, 65), random_targets(20, classes=65)
+        right = self.results(logits, targets.index_fill(0, torch.tensor(at), -100))
+        logits[at], targets[at] = torch.nan, -100
+        torch.testing.assert_close(self.results(logits, targets), right, rtol=0, atol=0)
+        targets[:] = -100
+        loss, grad = self.results(logits, targets)
+        assert loss.isnan() and (grad == 0).all()
+
+    @pytest.mark.parametrize("wrong", [65, -1])
+    def test_out_of_range(self, wrong):
+        targets = random_targets(20, classes=65).index_fill(0, torch.tensor(3), wrong)
+        with pytest.raises(IndexError, match=f"target {wrong} of row 3"):
+            fused_cross_entropy(random_logits(20, 65), targets)
+
+    @pytest.mark.parametrize("index", [0, 7])
+    def test_an_ignored_class(self, index):
+        """ignore_index may be a class."""
+        logits, targets = random_logits(20, 9), random_targets(20, classes=9)
+        assert (targets == index).any()
+        loss, grad = self.results(logits, targets, ignore_index=index)
+        right = F.cross_entropy(logits, targets, ignore_index=index)
+        torch.testing.assert_close(loss, right)
+        assert (grad[targets == index] == 0).all()
+
+    @pytest.mark.parametrize("options", [
+        dict(label_smoothing=0.1), dict(z_loss=0.1), dict(logit_scale=2.0), dict(softcap=3.0),
+        dict(normalizer=7.0), dict(normalizer=torch.tensor(7.0)), dict(return_stats=True),
+        dict(weight=random_weight(65)), dict(sample_weight=random_weight(20)),
+        dict(reduction="none"),
+    ], ids=lambda options: next(iter(options)))  # fmt: skip
+    def test_whoever_asks_for_more_gets_it(self, options, monkeypatch):
+        monkeypatch.setattr(passes, "loss_of_few", None)
+        logits, targets = random_logits(20, 65), random_targets(20, classes=65)
+        torch.testing.assert_close(
+            fused_cross_entropy(logits, targets, **options),
+            reference_cross_entropy(logits, targets, **options),
+        )

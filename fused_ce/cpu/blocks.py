@@ -3,15 +3,19 @@
 import torch
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32, for each thread
-LEAST_ELEMENTS = 1 << 17  # fewer are not worth another thread's waking up
+FEW_ELEMENTS = 1 << 20  # of a call: not worth that threads of ours wake up
+LEAST_ELEMENTS = 1 << 17  # of a block
 
 
 def block_rows(n_rows: int, vocab_size: int, n_threads: int, in_scratch: bool) -> int:
     """How many rows a thread works on at once: the one place that decides.
 
     So many that they stay in its cache, with what a block needs of scratch memory (16-bit logits,
-    some options); and so few that every thread gets some.
+    some options); and so few that every thread gets some. Where all rows are few they are one
+    block, which PyTorch's own loops share out: handing it over takes longer than it does.
     """
+    if n_rows * vocab_size <= FEW_ELEMENTS:
+        return max(n_rows, 1)
     elements = BLOCK_ELEMENTS // (2 if in_scratch else 1)
     share = -(-n_rows // n_threads)
     return max(4, LEAST_ELEMENTS // vocab_size, min(elements // vocab_size, share))

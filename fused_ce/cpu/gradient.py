@@ -2,7 +2,6 @@
 
 import torch
 
-from fused_ce.cpu import machine
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
 from fused_ce.cpu.workers import share
 from fused_ce.rows import compute_dtype
@@ -19,7 +18,7 @@ def make_gradient(block, stats, terms, grads, options) -> None:
         of_lse = of_lse + at(grads.lse, rows)
     if grads.entropy is not None:  # its gradient is softmax * (mean - x)
         of_lse = of_lse + at(grads.entropy, rows) * stats.mean
-        work.mul_(at(grads.entropy, rows) / (stats.exp * -machine.UNIT))
+        work.mul_(at(grads.entropy, rows) / (stats.exp * -stats.unit))
         work.addcmul_(exp, of_lse / stats.exp)
     else:
         torch.mul(exp, stats.exp.reciprocal().mul_(of_lse), out=work)
@@ -47,7 +46,7 @@ def _clear(work, ignored) -> None:
 
 def grad_of_soft(block, stats, terms, grads, options) -> torch.Tensor:
     """The gradient of probabilities, (1 - smoothing) * weight * (lse - x)."""
-    log_probs = (block.work / -machine.UNIT).add_(stats.exp.log())
+    log_probs = (block.work / -stats.unit).add_(stats.exp.log())
     log_probs.mul_(at(grads.losses, block.rows) * (1.0 - options.label_smoothing))
     return log_probs if terms.weight is None else log_probs.mul_(terms.weight.T)
 
@@ -57,7 +56,7 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
 
     A zero stays zero: an upstream gradient of inf or NaN does not reach the ignored rows.
     """
-    if grad_losses.dim() == 0 and grad_losses == 1.0 and out is grad_logits:
+    if grad_losses.dim() == 0 and out is grad_logits and grad_losses.item() == 1.0:
         return
     dtype = compute_dtype(grad_logits)
     all_finite = bool(grad_losses.isfinite().all())

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import math
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -19,9 +20,15 @@ def _is_intel() -> bool:
     return False
 
 
-# The exponential of d * UNIT. torch.exp is MKL's, which on Intel's processors takes the time of
-# exp2 and spares the product; on AMD's it takes four times that of exp2, which is PyTorch's own.
-POWER, UNIT = (torch.exp, 1.0) if _is_intel() else (torch.exp2, LOG2E)
+# MKL's exponential takes on Intel's processors the time of exp2 and spares a product; on AMD's it
+# takes four times that of exp2, which is PyTorch's own.
+IS_INTEL = _is_intel()
+SERIAL = 1 << 15  # elements that PyTorch computes on one thread; MKL's wakes others from 2,048 on
+
+
+def exponential(n_elements: int) -> tuple[Callable, float]:
+    """(power, unit): the exponential of d, of so many elements, is `power(d * unit)`."""
+    return (torch.exp, 1.0) if IS_INTEL and n_elements > SERIAL else (torch.exp2, LOG2E)
 
 
 @functools.cache

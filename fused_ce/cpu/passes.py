@@ -3,6 +3,7 @@
 import torch
 
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
+from fused_ce.cpu.few import are_few, loss_of_few
 from fused_ce.cpu.gradient import grad_of_soft, make_gradient
 from fused_ce.cpu.machine import ask_for_huge_pages
 from fused_ce.cpu.statistics import (
@@ -26,6 +27,10 @@ def forward(
     rows: Rows, options: LossOptions, unweighted: bool = False, keep: bool = False
 ) -> Result:
     """The loss of rows, and what else options ask for; see rows.py. There is nothing to `keep`."""
+    if not unweighted and are_few(rows, options):
+        result = loss_of_few(rows, options, None)
+        if result is not None:
+            return result
     terms = row_terms(rows, options)
     sums = empty_sums(rows, options)
     pass_over_rows(rows, options, terms, sums)
@@ -36,6 +41,10 @@ def forward_with_grad(
     rows: Rows, options: LossOptions, grad_logits: torch.Tensor, unweighted: bool = False
 ) -> Result:
     """As forward; fills grad_logits (like the logits, or they themselves) for an upstream of 1."""
+    if not unweighted and are_few(rows, options):
+        result = loss_of_few(rows, options, grad_logits)
+        if result is not None:
+            return result
     terms = row_terms(rows, options)
     sums = empty_sums(rows, options)
     grads = grad_terms(terms, Upstream(1.0), sums, options)

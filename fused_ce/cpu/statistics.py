@@ -28,6 +28,7 @@ class RowStats(NamedTuple):
 
     maximum: torch.Tensor
     exp: torch.Tensor
+    unit: float  # that the exponential is taken of multiples of
     mean: torch.Tensor | None = None
 
 
@@ -99,7 +100,7 @@ def load_soft(probabilities, block, terms, options) -> None:
 
 
 def sum_up(x, block, terms, sums) -> RowStats:
-    """What the loss needs of every row; leaves (x - maximum) * UNIT in work, its powers in exp."""
+    """What the loss needs of every row; leaves (x - maximum) * unit in work, its powers in exp."""
     rows, targets, work, exp, soft, _ = block
     maximum = x.amax(dim=1, keepdim=True)
     if sums.maximum is not None:
@@ -115,10 +116,12 @@ def sum_up(x, block, terms, sums) -> RowStats:
         # Not a matrix product: autocast would run it in bfloat16.
         weighted = work if terms.weight is None else work * terms.weight.T
         torch.sum(weighted, dim=1, keepdim=True, out=at(sums.x_smooth, rows))
-    if machine.UNIT != 1.0:
-        work.mul_(machine.UNIT)
-    machine.POWER(work, out=exp)
-    return RowStats(maximum, torch.sum(exp, dim=1, keepdim=True, out=at(sums.exp, rows)))
+    power, unit = machine.exponential(work.numel())
+    if unit != 1.0:
+        work.mul_(unit)
+    power(work, out=exp)
+    total = torch.sum(exp, dim=1, keepdim=True, out=at(sums.exp, rows))
+    return RowStats(maximum, total, unit)
 
 
 def log_probabilities(x, block, sums) -> None:
@@ -147,10 +150,10 @@ def _first_argmax(x, maximum, scratch) -> torch.Tensor:
 
 
 def with_mean(block, stats, sums) -> RowStats:
-    """Adds the mean of x - maximum; leaves (x - maximum) * UNIT * exp in work."""
+    """Adds the mean of x - maximum; leaves (x - maximum) * unit * exp in work."""
     work = block.work
     work.clamp_(min=torch.finfo(work.dtype).min)  # 0 * -inf is 0 in an entropy
-    mean = work.mul_(block.exp).sum(dim=1, keepdim=True).div_(stats.exp * machine.UNIT)
+    mean = work.mul_(block.exp).sum(dim=1, keepdim=True).div_(stats.exp * stats.unit)
     if sums.mean is not None:
         sums.mean[block.rows] = mean
     return stats._replace(mean=mean)
