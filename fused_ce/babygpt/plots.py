@@ -41,9 +41,9 @@ def plot_comparison(
     path: Path,
 ) -> None:
     """Draw the curves, how far they are apart, step times and memory as a PNG."""
-    figure = _new_figure(11, 6.5)
+    figure = _new_figure(12, 6.5)
     axes = figure.subplot_mosaic(
-        [["curves", "time"], ["differences", "memory"]], width_ratios=(2.6, 1)
+        [["curves", "time"], ["differences", "memory"]], width_ratios=(2.4, 1)
     )
     figure.suptitle(_title(config))
     _draw_curves(axes["curves"], runs, TOKENIZERS[config.tokenizer].unit)
@@ -58,6 +58,7 @@ def plot_comparison(
         axes[name].bar_label(bars, fmt="{:,.0f}" if max(values) >= 1000 else "{:,.1f}")
         axes[name].set_title(title, fontsize="medium")
         axes[name].yaxis.set_major_formatter("{x:,.0f}" if max(values) >= 10 else "{x:g}")
+        axes[name].tick_params(axis="x", labelsize="small")  # four names, side by side
         axes[name].margins(y=0.15)
     _save(figure, path)
 
@@ -69,10 +70,10 @@ def _title(config: TrainConfig) -> str:
 
 
 def _draw_curves(axes, runs: dict[str, dict[str, list[dict]]], unit: str) -> None:
-    styles = ("-", "--", ":")  # curves that coincide show below each other
+    styles = ("-", "--", "-.", ":")  # curves that coincide show below each other
     for i, (loss, run) in enumerate(runs.items()):
         steps = [row["step"] for row in run["log"]]
-        style = {"color": f"C{i}", "linestyle": styles[i], "linewidth": 4 - 1.2 * i}
+        style = {"color": f"C{i}", "linestyle": styles[i], "linewidth": 4.5 - i}
         axes.plot(steps, [row["val"] for row in run["log"]], label=loss, **style)
     axes.set(xlabel="step", ylabel=f"val loss (nats per {unit})")
     _finish(axes)
