@@ -58,7 +58,6 @@ def plot_comparison(
         axes[name].bar_label(bars, fmt="{:,.0f}" if max(values) >= 1000 else "{:,.1f}")
         axes[name].set_title(title, fontsize="medium")
         axes[name].yaxis.set_major_formatter("{x:,.0f}" if max(values) >= 10 else "{x:g}")
-        axes[name].tick_params(axis="x", labelsize="small")  # four names, side by side
         axes[name].margins(y=0.15)
     _save(figure, path)
 

@@ -235,7 +235,7 @@ def test_a_plot_says_what_is_compared_and_in_which_unit(comparison, drawn, kind,
     for axes in (figure.axes[1], figure.axes[3]):
         names = [label.get_window_extent() for label in axes.get_xticklabels()]
         assert len(names) == 4
-        assert all(left.x1 < right.x0 for left, right in zip(names, names[1:], strict=False))
+        assert all(left.x1 + 5 < right.x0 for left, right in zip(names, names[1:], strict=False))
 
 
 @pytest.mark.parametrize("apart", [0.0, 3e-7, 5e-3, 2.0, float("nan")])
