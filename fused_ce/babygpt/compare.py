@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fused_ce.babygpt import data as batches
 from fused_ce.babygpt.atomic import atomic_file
 from fused_ce.babygpt.config import CompareConfig, TrainConfig
 from fused_ce.babygpt.errors import UserError
@@ -22,17 +23,18 @@ def compare(config: CompareConfig) -> bool:
     """Train once with each loss, print what came of it, and leave it in the folder.
 
     The folder has a run for each loss, compare.json and compare.png. Each run is a process of its
-    own, so that the peak of its memory is its own.
+    own, so that the peak of its memory is its own; the text is encoded before the first.
 
     Returns:
         Whether the comparison was finished; False means that a run said why it was not.
 
     Raises:
-        UserError: a run was killed.
+        UserError: the text cannot be used, or a run was killed.
         KeyboardInterrupt: a run was stopped by Ctrl-C.
     """
     folder = config.folder
     _claim(config)
+    batches.load_dataset(config.data, config.tokenizer, config.bpe_vocab_size)
     for loss in config.losses:
         print(f"=== {loss} loss", flush=True)
         if not _train_in_a_process(_run_config(config, loss)):

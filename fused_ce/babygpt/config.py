@@ -7,7 +7,7 @@ from typing import Literal
 
 from fused_ce.babygpt.errors import UserError
 
-LOSSES = ("fused", "torch", "compiled")
+LOSSES = ("fused", "linear", "torch", "compiled")
 
 
 def _flag(name: str) -> str:
@@ -83,8 +83,9 @@ class TrainConfig:
     """chars: a token is a character; bpe: byte-level BPE, which learns from the training split."""
     bpe_vocab_size: int = 4096
     """Tokens that bpe may have; a short text has fewer to learn."""
-    loss: Literal["fused", "torch", "compiled"] = "fused"
-    """fused: this project's cross-entropy; torch: F.cross_entropy, to compare; compiled: the same
+    loss: Literal["fused", "linear", "torch", "compiled"] = "fused"
+    """fused: this project's cross-entropy; linear: the same from the hidden states and the head,
+    with a chunk of logits at a time; torch: F.cross_entropy, to compare; compiled: the latter
     through torch.compile."""
     inplace: bool = False
     """The gradient of the fused loss overwrites the logits: less memory."""
@@ -248,7 +249,9 @@ def preset(name: str) -> TrainConfig:
 class CompareConfig(TrainConfig):
     """Train with several losses from the same seed; compare curves, step times and memory."""
 
-    losses: tuple[Literal["fused", "torch", "compiled"], ...] = ("fused", "torch")
+    losses: tuple[Literal["fused", "linear", "torch", "compiled"], ...] = (
+        "fused", "linear", "torch",
+    )  # fmt: skip
     """What to compare; the others' curves are compared with the first's."""
 
     def __post_init__(self):

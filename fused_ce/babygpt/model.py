@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_ce import fused_cross_entropy
+from fused_ce import fused_cross_entropy, fused_linear_cross_entropy
 from fused_ce.babygpt.config import ModelConfig
 
 IGNORED = -100  # the target of a position that does not count
@@ -42,7 +42,22 @@ def _compiled_torch_loss() -> Callable[..., Tensor]:
     return torch.compile(torch_loss)  # when it is called: this imports a compiler
 
 
-LOSSES = {"fused": fused_loss, "torch": torch_loss, "compiled": compiled_loss}
+def linear_loss(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, normalizer: Tensor | None = None
+) -> Tensor:
+    """Mean loss without whole logits, by this project's operator; hidden (..., C), targets (...).
+
+    To be called inside the forward of the model: there FSDP has the head's weight whole.
+    """
+    return fused_linear_cross_entropy(
+        hidden, head.weight, targets, linear_bias=head.bias, normalizer=normalizer
+    )
+
+
+# Of logits, targets and normalizer; "linear" alone is of hidden states and the head.
+LOSSES = {
+    "fused": fused_loss, "linear": linear_loss, "torch": torch_loss, "compiled": compiled_loss,
+}  # fmt: skip
 
 
 class KeyValueCache:
@@ -128,7 +143,8 @@ class BabyGPT(nn.Module):
 
     Args:
         config: the shape.
-        loss: which cross-entropy computes the loss: a key of LOSSES.
+        loss: which cross-entropy computes the loss: a key of LOSSES. With "linear" a forward with
+            targets makes no logits.
         inplace: the gradient of the fused loss overwrites the logits.
     """
 
@@ -137,6 +153,7 @@ class BabyGPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss = partial(fused_loss, inplace=True) if inplace else LOSSES[loss]
+        self.is_linear = loss == "linear"
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.n_layer:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -171,7 +188,7 @@ class BabyGPT(nn.Module):
         *,
         normalizer: Tensor | None = None,
         cache: list[KeyValueCache] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Score the next token at every position.
 
         Args:
@@ -182,7 +199,8 @@ class BabyGPT(nn.Module):
 
         Returns:
             logits (B, T, V), and the mean loss in nats, or None without targets. With inplace and
-            gradients the logits hold the loss's gradient afterwards.
+            gradients the logits hold the loss's gradient afterwards. With the linear loss and
+            targets the logits are None: they are never whole, in training as in evaluation.
 
         Raises:
             ValueError: T, with the positions in the cache, is larger than the block size.
@@ -199,6 +217,8 @@ class BabyGPT(nn.Module):
             for layer, block in enumerate(self.blocks):
                 x = block(x, cache[layer] if cache else None)
             x = self.norm(x)
+        if self.is_linear and targets is not None:
+            return None, self.loss(x, self.head, targets, normalizer)
         logits = self.head(x)
         if targets is None:
             return logits, None

@@ -41,9 +41,9 @@ def plot_comparison(
     path: Path,
 ) -> None:
     """Draw the curves, how far they are apart, step times and memory as a PNG."""
-    figure = _new_figure(11, 6.5)
+    figure = _new_figure(12, 6.5)
     axes = figure.subplot_mosaic(
-        [["curves", "time"], ["differences", "memory"]], width_ratios=(2.6, 1)
+        [["curves", "time"], ["differences", "memory"]], width_ratios=(2.4, 1)
     )
     figure.suptitle(_title(config))
     _draw_curves(axes["curves"], runs, TOKENIZERS[config.tokenizer].unit)
@@ -69,10 +69,10 @@ def _title(config: TrainConfig) -> str:
 
 
 def _draw_curves(axes, runs: dict[str, dict[str, list[dict]]], unit: str) -> None:
-    styles = ("-", "--", ":")  # curves that coincide show below each other
+    styles = ("-", "--", "-.", ":")  # curves that coincide show below each other
     for i, (loss, run) in enumerate(runs.items()):
         steps = [row["step"] for row in run["log"]]
-        style = {"color": f"C{i}", "linestyle": styles[i], "linewidth": 4 - 1.2 * i}
+        style = {"color": f"C{i}", "linestyle": styles[i], "linewidth": 4.5 - i}
         axes.plot(steps, [row["val"] for row in run["log"]], label=loss, **style)
     axes.set(xlabel="step", ylabel=f"val loss (nats per {unit})")
     _finish(axes)

@@ -24,8 +24,9 @@ def settings(folder):
     return load_checkpoint(folder / "last.pt")["config"]
 
 
-def test_a_user_can_train_resume_sample_and_evaluate(babygpt, flags, tmp_path):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("loss", ["fused", "linear"])
+def test_a_user_can_train_resume_sample_and_evaluate(babygpt, flags, tmp_path, loss):
+    folder, flags = tmp_path / "run", [*flags, "--loss", loss]
     status, out, _ = babygpt("train", *flags, "--out", folder, "--max-steps", 10)
     assert status == 0 and re.search(r"step 10  train \d\.\d+  val \d\.\d+", out)
     status, out, _ = babygpt("train", *flags, "--out", folder, "--max-steps", 20, "--resume")
@@ -270,6 +271,7 @@ MISTAKES = [
     (["train", "--grad-accum", "0"], "--grad-accum must be positive, got 0"),
     (["train", "--min-vocab-size", "-1"], "--min-vocab-size must not be negative, got -1"),
     (["train", "--inplace", "--loss", "torch"], "--inplace needs --loss fused, got torch"),
+    (["train", "--inplace", "--loss", "linear"], "--inplace needs --loss fused, got linear"),
     (["train", "--fsdp", "--dtype", "float16"], "--fsdp needs --dtype float32 or bfloat16"),
     (["train", "--fsdp"], "--fsdp needs the processes of torchrun"),
     (["train", "--resume", "--out", "none"], "there is no run to continue in none"),

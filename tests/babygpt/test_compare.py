@@ -5,25 +5,39 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
 from fused_ce.babygpt import compare as compare_module
+from fused_ce.babygpt import data as data_module
 from fused_ce.babygpt import model as model_module
 from fused_ce.babygpt import plots
+from fused_ce.babygpt import train as train_module
 from fused_ce.babygpt.compare import compare, format_table
 from fused_ce.babygpt.config import CompareConfig, TrainConfig
+from fused_ce.babygpt.device import peak_memory_bytes
+from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.folder import is_ours
 from fused_ce.babygpt.train import train
 
 
 @pytest.fixture
 def comparison(config):
-    return CompareConfig(**vars(config))
+    return replace(CompareConfig(**vars(config)), max_steps=4, eval_interval=2, eval_iters=1)
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Processes take seconds to start; all but their memory is the same here."""
+    """Processes take seconds to start; all but their memory is the same here.
+
+    A picture takes as long as a small run; what a run leaves has tests of its own.
+    """
     monkeypatch.setattr(compare_module, "_train_in_a_process", train)
+    monkeypatch.setattr(train_module, "plot_losses", lambda *args: None)
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(compare_module, "plot_comparison", lambda *args: None)
 
 
 class Process:
@@ -40,25 +54,51 @@ class Process:
         """Do nothing."""
 
 
-def test_a_user_sees_curves_times_and_memory(comparison, flags, babygpt):
+def test_a_user_sees_curves_times_and_memory(comparison, flags, babygpt, in_this_process):
     folder = comparison.out
     status, out, err = babygpt("compare", *flags, "--max-steps", 20, "--out", folder)
     assert status == 0, err
     summary = json.loads((folder / "compare.json").read_text())
-    fused, torch = (summary["losses"][loss] for loss in ("fused", "torch"))
+    fused, *others = (summary["losses"][loss] for loss in ("fused", "linear", "torch"))
     assert summary["config"]["max_steps"] == 20 and "loss" not in summary["config"]
     assert fused["largest_difference"] == fused["largest_step_difference"] == 0
-    assert torch["largest_difference"] < 1e-5 and torch["largest_step_difference"] < 1e-5
+    for other in others:
+        assert other["largest_difference"] < 1e-5 and other["largest_step_difference"] < 1e-5
     assert format_table(summary["losses"]) in out
-    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
-    for loss in ("fused", "torch"):
+    pixels = pytest.importorskip("matplotlib.image").imread(folder / "compare.png")
+    assert min(pixels.shape[:2]) > 600
+    assert is_ours(folder / "compare.png") and is_ours(folder / "compare.json")
+    assert "matplotlib.pyplot" not in sys.modules  # no display, no state
+    for loss in ("fused", "linear", "torch"):
         log = (folder / loss / "log.jsonl").read_text().splitlines()
         assert summary["losses"][loss]["val"] == json.loads(log[-1])["val"]
         assert len((folder / loss / "steps.jsonl").read_text().splitlines()) == 20
         assert summary["losses"][loss]["peak_memory_bytes"] > 2**20
 
 
-def test_a_curve_that_goes_another_way_shows(comparison, in_this_process, monkeypatch):
+def test_a_run_is_a_process_whose_peak_of_memory_is_its_own(comparison):
+    """It imports what this process has imported, but not what this process held since."""
+    ballast = torch.ones(2**27)  # 512 MiB
+    peak = peak_memory_bytes(ballast.device)
+    assert peak > ballast.nbytes
+    run = compare_module._run_config(replace(comparison, max_steps=1), "linear")
+    assert compare_module._train_in_a_process(run)
+    (_, last) = compare_module._read_run(run.out)["log"]
+    assert 2**26 < last["peak_memory_bytes"] < peak - ballast.nbytes // 2
+
+
+def test_no_run_has_the_tokenizer_to_learn(comparison, no_picture, monkeypatch):
+    """Which takes more memory than a small run, and would be the first one's alone."""
+
+    def observed(config):
+        monkeypatch.setattr(data_module, "train_tokenizer", None)  # it was called before
+        return train(config)
+
+    monkeypatch.setattr(compare_module, "_train_in_a_process", observed)
+    assert compare(replace(comparison, tokenizer="bpe", bpe_vocab_size=300))
+
+
+def test_a_curve_that_goes_another_way_shows(comparison, in_this_process, no_picture, monkeypatch):
     def wrong_loss(logits, targets, *rest, **options):
         return 1.01 * right_loss(logits, targets, *rest, **options)
 
@@ -93,7 +133,9 @@ def test_what_is_measured():
     }  # fmt: skip
 
 
-def test_three_losses_are_three_runs_alike_but_for_the_loss(comparison, monkeypatch):
+def test_four_losses_are_four_runs_alike_but_for_the_loss(
+    comparison, in_this_process, no_picture, monkeypatch
+):
     taken = []
 
     def observed(config):
@@ -101,8 +143,9 @@ def test_three_losses_are_three_runs_alike_but_for_the_loss(comparison, monkeypa
         return train(replace(config, loss="torch"))
 
     monkeypatch.setattr(compare_module, "_train_in_a_process", observed)
-    assert compare(replace(comparison, losses=("torch", "compiled", "fused"), seed=7))
-    assert [config.loss for config in taken] == ["torch", "compiled", "fused"]
+    losses = ("torch", "compiled", "fused", "linear")
+    assert compare(replace(comparison, losses=losses, seed=7))
+    assert [config.loss for config in taken] == list(losses)
     assert [config.out for config in taken] == [comparison.out / config.loss for config in taken]
     for config in taken:
         assert type(config) is TrainConfig and config.seed == 7
@@ -177,7 +220,7 @@ def moved(by):
 @pytest.mark.parametrize("kind, unit", [("chars", "character"), ("bpe", "token")])
 def test_a_plot_says_what_is_compared_and_in_which_unit(comparison, drawn, kind, unit):
     comparison = replace(comparison, tokenizer=kind, data="/texts/moby $5$.txt", preset="v1")
-    runs = {"fused": RUNS, "torch": moved(0), "compiled": moved(2e-4)}
+    runs = {"fused": RUNS, "linear": moved(0), "torch": moved(1e-6), "compiled": moved(2e-4)}
     plots.plot_comparison(runs, dict.fromkeys(runs, MEASURED), comparison, None)
     plots.plot_losses([{"step": 0, "train": 4.0, "val": 4.0}], comparison, None)
     (figure, losses) = drawn
@@ -189,6 +232,10 @@ def test_a_plot_says_what_is_compared_and_in_which_unit(comparison, drawn, kind,
         legend = axes.get_legend().get_window_extent()
         assert legend.x0 > axes.get_window_extent().x1  # beside the curves, not on them
         assert legend.x1 < figure.axes[1].get_tightbbox().x0
+    for axes in (figure.axes[1], figure.axes[3]):
+        names = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(names) == 4
+        assert all(left.x1 + 5 < right.x0 for left, right in zip(names, names[1:], strict=False))
 
 
 @pytest.mark.parametrize("apart", [0.0, 3e-7, 5e-3, 2.0, float("nan")])
@@ -210,16 +257,12 @@ def test_a_comparison_of_what_has_diverged_is_not_a_number():
     assert compare_module._largest([0.0, 1.0]) == 1.0
 
 
-def test_the_plot_is_a_picture_of_ours(comparison, in_this_process):
-    image = pytest.importorskip("matplotlib.image")
-    assert compare(replace(comparison, max_steps=2, eval_interval=1, eval_iters=1))
-    pixels = image.imread(comparison.out / "compare.png")
-    assert min(pixels.shape[:2]) > 600
-    assert is_ours(comparison.out / "compare.png") and is_ours(comparison.out / "compare.json")
-    assert "matplotlib.pyplot" not in sys.modules  # no display, no state
-    again = replace(comparison, max_steps=1, eval_iters=1, overwrite=True)
-    assert compare(again)
-    assert json.loads((comparison.out / "compare.json").read_text())["config"]["max_steps"] == 1
+def test_a_comparison_replaces_one_of_ours_when_told_to(comparison, in_this_process, no_picture):
+    assert compare(replace(comparison, max_steps=1))
+    with pytest.raises(UserError, match="holds a run already"):
+        compare(comparison)
+    assert compare(replace(comparison, max_steps=2, overwrite=True))
+    assert json.loads((comparison.out / "compare.json").read_text())["config"]["max_steps"] == 2
 
 
 def test_a_comparison_whose_plot_fails_is_whole(comparison, in_this_process, monkeypatch, capsys):
@@ -227,7 +270,7 @@ def test_a_comparison_whose_plot_fails_is_whole(comparison, in_this_process, mon
         raise ValueError("no ink")
 
     monkeypatch.setattr(compare_module, "plot_comparison", fail)
-    assert compare(replace(comparison, max_steps=1, eval_iters=1))
+    assert compare(replace(comparison, max_steps=1))
     out, err = capsys.readouterr()
     assert "warning: compare.png was not drawn: ValueError: no ink" in err
-    assert out.endswith("compare.json, fused/, torch/\n")
+    assert out.endswith("compare.json, fused/, linear/, torch/\n")

@@ -24,7 +24,12 @@ from tests.babygpt.processes import fork, in_processes, wait, wait_for_rows
 
 STEPS = 5
 ROWS = 8
-KINDS = [pytest.param({}, id="ddp"), pytest.param({"fsdp": True}, id="fsdp")]
+KINDS = [
+    pytest.param({}, id="ddp"),
+    pytest.param({"fsdp": True}, id="fsdp"),
+    pytest.param({"loss": "linear"}, id="ddp-linear"),
+    pytest.param({"fsdp": True, "loss": "linear"}, id="fsdp-linear"),
+]
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def import_before_fork(config):
         importlib.import_module("torch.distributed.checkpoint.state_dict")
 
 
-@pytest.mark.parametrize("loss", ["fused", "torch"])
+@pytest.mark.parametrize("loss", ["fused", "linear", "torch"])
 def test_micro_batches_are_one_big_batch(config, unevenly_ignored, loss):
     config = replace(config, dropout=0.0, batch_size=ROWS, loss=loss, clip=math.inf)
     unevenly_ignored()
@@ -96,11 +101,12 @@ def test_micro_batches_are_one_big_batch(config, unevenly_ignored, loss):
         assert_same_steps(steps(parts, World()), whole)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_with_a_batch_twice_as_large(
-    config, unevenly_ignored, tmp_path, kind
+    config, unevenly_ignored, tmp_path, kind, tied
 ):
-    config = replace(config, dropout=0.0, batch_size=ROWS, clip=math.inf)
+    config = replace(config, dropout=0.0, batch_size=ROWS, clip=math.inf, tie_weights=tied)
     unevenly_ignored()
     whole = steps(config, World())
 
@@ -115,7 +121,9 @@ def test_two_processes_are_one_with_a_batch_twice_as_large(
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", KINDS[:-1] + [pytest.param(*KINDS[-1].values, id=KINDS[-1].id, marks=pytest.mark.slow)]
+)
 def test_processes_stop_together_and_continue_bit_for_bit(config, tmp_path, kind):
     config = replace(config, grad_accum=2, tie_weights=True, out=tmp_path / "whole", **kind)
     parts = replace(config, out=tmp_path / "parts")
@@ -153,7 +161,7 @@ def test_processes_stop_together_and_continue_bit_for_bit(config, tmp_path, kind
     saved = load_checkpoint(parts.out / "last.pt")
     drawn = [generators["batches"] for generators in saved["generators"]]
     assert len(drawn) == 2 and not torch.equal(*drawn)
-    if not kind:
+    if not config.fsdp:
         with pytest.raises(UserError, match="--resume needs 2 processes.*got 1"):
             train(parts, saved)
 

@@ -18,9 +18,10 @@ SPLITS = {
 }
 
 
-@pytest.fixture
-def model():
-    return BabyGPT(ModelConfig(V, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+@pytest.fixture(params=["fused", "linear"])
+def model(request):
+    shape = ModelConfig(V, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    return BabyGPT(shape, request.param)
 
 
 class Broken(torch.nn.Module):

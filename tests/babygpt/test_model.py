@@ -1,6 +1,7 @@
 """The model: its size, its shapes, and what each position can see."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from fused_ce.babygpt import PRESETS, BabyGPT, ModelConfig
 from fused_ce.babygpt.errors import UserError
-from fused_ce.babygpt.model import _compiled_torch_loss, evaluating, torch_loss
+from fused_ce.babygpt.model import IGNORED, _compiled_torch_loss, evaluating, torch_loss
 
 V = 11
 SHAPE = ModelConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -49,6 +50,34 @@ def test_logits_keep_their_shape_and_the_loss_is_their_cross_entropy(shape, loss
     torch.testing.assert_close(value, F.cross_entropy(logits.view(-1, V), targets.view(-1)))
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", [SHAPE, V1], ids=["transformer", "v1"])
+def test_the_linear_loss_is_that_of_the_logits_and_the_head_makes_none(shape, tied):
+    shape = replace(shape, tie_weights=tied)
+    fused, linear = BabyGPT(shape), BabyGPT(shape, "linear")
+    linear.load_state_dict(fused.state_dict())
+    idx, targets = torch.randint(V, (2, 3, 5))
+    targets[0, 1:] = IGNORED
+    calls = []
+    linear.head.register_forward_hook(lambda *call: calls.append(call))
+    for normalizer in (None, torch.tensor(7.0)):
+        _, expected = fused(idx, targets, normalizer=normalizer)
+        logits, loss = linear(idx, targets, normalizer=normalizer)
+        assert logits is None
+        torch.testing.assert_close(loss, expected)
+        expected.backward()
+        loss.backward()
+    for (name, parameter), twin in zip(linear.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, twin.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with evaluating(linear), torch.no_grad():
+        logits, loss = linear(idx, targets)
+        assert logits is None and not calls
+        torch.testing.assert_close(loss, fused(idx, targets)[1])
+    logits, none = linear(idx)
+    torch.testing.assert_close(logits, fused(idx)[0])
+    assert none is None and calls
+
+
 def test_the_compiled_loss_is_compiled_once_and_when_it_is_needed(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
@@ -63,12 +92,12 @@ def test_the_compiled_loss_is_compiled_once_and_when_it_is_needed(monkeypatch):
     _compiled_torch_loss.cache_clear()
 
 
-@pytest.mark.parametrize("loss", ["fused", "torch"])
+@pytest.mark.parametrize("loss", ["fused", "linear", "torch"])
 def test_loss_takes_the_last_dimension_when_length_and_vocabulary_are_equal(loss):
     model = BabyGPT(ModelConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_embd=16), loss)
     torch.nn.init.normal_(model.head.weight)  # so that a mix-up shows
     idx, targets = torch.randint(8, (2, 4, 8))
-    logits, value = model(idx, targets)
+    logits, value = model(idx)[0], model(idx, targets)[1]
     torch.testing.assert_close(value, F.cross_entropy(logits.view(-1, 8), targets.view(-1)))
 
 

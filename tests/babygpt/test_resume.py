@@ -80,8 +80,9 @@ def test_a_run_does_not_continue_on_another_text(config, folder, text_file):
         train(replace(config, max_steps=30), newest_checkpoint(config.out)[0])
 
 
-def test_tied_weights_train_and_continue(config):
-    config = replace(config, tie_weights=True)
+@pytest.mark.parametrize("loss", ["fused", "linear"])
+def test_tied_weights_train_and_continue(config, loss):
+    config = replace(config, tie_weights=True, loss=loss)
     train(config)
     parts = replace(config, out=config.out.parent / "parts")
     train(replace(parts, max_steps=9))
@@ -116,9 +117,11 @@ def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(config, flags, tmp_path)
     assert weights(config.out) == weights(whole.out)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_learns_and_continues_bit_for_bit(config, dtype):
-    config = replace(config, dtype=dtype, dropout=0.0, max_steps=40, decay_steps=40)
+@pytest.mark.parametrize(
+    "dtype, loss", [("bfloat16", "fused"), ("float16", "fused"), ("bfloat16", "linear")]
+)
+def test_half_precision_learns_and_continues_bit_for_bit(config, dtype, loss):
+    config = replace(config, dtype=dtype, loss=loss, dropout=0.0, max_steps=40, decay_steps=40)
     train(config)
     first, *_, last = rows(config.out)
     assert last["val"] < first["val"] - 0.3

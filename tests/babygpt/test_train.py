@@ -139,15 +139,33 @@ def test_the_seed_decides_the_run(config, folder):
     assert weights(same) == weights(config.out) != weights(other)
 
 
-def test_fused_and_torch_losses_give_the_same_curve(config):
+def test_all_losses_give_the_same_curve(config):
+    """Of 320 tokens a step, which the linear loss takes in two chunks."""
     config = replace(config, max_steps=200, dropout=0.0, lr=1e-3, warmup_steps=10, decay_steps=200)
     dataset = load_dataset(config.data)
-    curves = []
-    for loss in ("fused", "torch"):
-        run = Run(replace(config, loss=loss), dataset, World())
-        curves.append(torch.stack([run.advance() for _ in range(200)]))
-    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-4)
-    assert curves[0][-1] < curves[0][0] - 0.3
+    curves = {}
+    for loss in ("fused", "linear", "torch"):
+        run = Run(replace(config, loss=loss, batch_size=20), dataset, World())
+        curves[loss] = torch.stack([run.advance() for _ in range(200)])
+    for loss in ("linear", "torch"):
+        torch.testing.assert_close(curves[loss], curves["fused"], rtol=0, atol=1e-4)
+    assert curves["fused"][-1] < curves["fused"][0] - 0.3
+
+
+def test_training_by_the_linear_loss_makes_no_whole_logits(config, monkeypatch):
+    forward, calls = torch.nn.Linear.forward, []
+
+    def observed(module, hidden):
+        if module.out_features == 28 and len(hidden) > 1:  # a sample is one text
+            calls.append(hidden.shape)
+        return forward(module, hidden)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", observed)
+    for loss in ("fused", "linear"):
+        assert not calls
+        train(replace(config, loss=loss, max_steps=2, overwrite=True))
+        assert bool(calls) == (loss == "fused")
+        calls.clear()
 
 
 def test_an_old_run_survives_a_new_one_that_cannot_begin(config, folder):
@@ -202,6 +220,18 @@ def test_device_cuda_without_a_gpu_is_refused(monkeypatch):
         resolve_device("cuda")
 
 
+def test_autocast_rounds_the_linear_loss_as_the_fused_one(config):
+    def first_loss(loss, dtype):
+        run = Run(replace(config, loss=loss, dtype=dtype, dropout=0.0), dataset, World())
+        torch.nn.init.normal_(run.model.head.weight)  # so that the roundings show
+        return run.advance().item()
+
+    dataset = load_dataset(config.data)
+    exact, rounded = first_loss("fused", "float32"), first_loss("fused", "bfloat16")
+    assert first_loss("linear", "bfloat16") == pytest.approx(rounded, rel=1e-6)
+    assert exact != pytest.approx(rounded, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_that_of_the_logits_and_weights_are_float32(config, dtype):
     run = Run(replace(config, dtype=dtype), load_dataset(config.data), World())
@@ -212,8 +242,10 @@ def test_dtype_is_that_of_the_logits_and_weights_are_float32(config, dtype):
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
-def test_a_float16_step_that_overflows_is_left_out(config):
-    run = Run(replace(config, dtype="float16", warmup_steps=0), load_dataset(config.data), World())
+@pytest.mark.parametrize("loss", ["fused", "linear"])
+def test_a_float16_step_that_overflows_is_left_out(config, loss):
+    config = replace(config, dtype="float16", warmup_steps=0, loss=loss)
+    run = Run(config, load_dataset(config.data), World())
     run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**40})
     before = run.model.head.weight.detach().clone()
     run.advance()
@@ -246,7 +278,8 @@ def test_inplace_gives_the_same_run(config, folder):
     assert logits.sum(-1).abs().max() < 1e-6  # a gradient's rows sum to 0, the logits' do not
 
 
-def test_a_compiled_run_follows_the_same_curve(config, monkeypatch):
+@pytest.mark.parametrize("loss", ["fused", "linear"])
+def test_a_compiled_run_follows_the_same_curve(config, monkeypatch, loss):
     backends = []
 
     def compile_cheaply(module):  # inductor would take half a minute
@@ -256,7 +289,7 @@ def test_a_compiled_run_follows_the_same_curve(config, monkeypatch):
         )
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_cheaply)
-    config = replace(config, dropout=0.0)
+    config = replace(config, dropout=0.0, loss=loss)
     curves = []
     for flag in (False, True):
         run = Run(replace(config, compile=flag), load_dataset(config.data), World())
