@@ -15,6 +15,7 @@ import torch
 TURN_MS = 20.0  # what a provider runs before the next one's turn: three calls, or more short ones
 CALLS_IN_A_TURN = (3, 30)
 LONG_CALL_MS = 20.0  # one untimed call is enough to warm up for these
+TURN_IN_ITSELF_MS = 250.0  # and none for these: whatever their memory is, it counts little beside
 HEAD_START_CYCLES = 600_000  # a call: 0.3 ms at 2 GHz, more than most providers' launches take
 MOST_HEAD_START = 4  # times that
 
@@ -51,7 +52,8 @@ def interleave(
     A turn is one or two untimed calls and then several timed ones. Alternating call by call would
     let the allocator decide on a CPU: what a provider with large buffers gives back to the system,
     the next one has to fault in again (float32 8,192 x 65: 0.35 ms alone, 1.4 ms alternated).
-    Turns still spread over all of them what else the machine does.
+    Turns still spread over all of them what else the machine does. A call that is itself longer
+    than a turn is one.
 
     Returns:
         What a work raised, by name; its times are not complete.
@@ -60,8 +62,10 @@ def interleave(
     one_call: dict[str, float] = {}
     for name, work in works.items():
         try:
-            _calls(work, device, 2)  # the first one may compile
-            one_call[name] = min(_calls(work, device, 2))
+            _calls(work, device, 1)  # it may compile
+            (one_call[name],) = _calls(work, device, 1)
+            if one_call[name] < TURN_IN_ITSELF_MS:
+                one_call[name] = min(_calls(work, device, 2))
         except Exception as error:
             failures[name] = named(error)
             give_back_memory(device)
@@ -71,10 +75,9 @@ def interleave(
         for name, work in works.items():
             if name in failures:
                 continue
-            least, most = CALLS_IN_A_TURN
-            count = min(most, max(least, int(TURN_MS / max(one_call[name], 1e-6))))
+            untimed, count = _turn(one_call[name])
             try:
-                _calls(work, device, 1 if one_call[name] > LONG_CALL_MS else 2)
+                _calls(work, device, untimed)
                 work.milliseconds += _calls(work, device, count)
             except Exception as error:
                 failures[name] = named(error)
@@ -83,6 +86,15 @@ def interleave(
         if len(failures) == len(works):
             break
     return failures
+
+
+def _turn(one_call: float) -> tuple[int, int]:
+    """How many untimed and timed calls, where one takes so many milliseconds."""
+    if one_call >= TURN_IN_ITSELF_MS:
+        return 0, 1
+    least, most = CALLS_IN_A_TURN
+    count = min(most, max(least, int(TURN_MS / max(one_call, 1e-6))))
+    return 1 if one_call > LONG_CALL_MS else 2, count
 
 
 def _calls(work: Work, device: torch.device, count: int) -> list[float]:
