@@ -127,7 +127,9 @@ def products_in(call, monkeypatch):
     def recorded(name, function):
         def record(*operands, **named):
             *_, a, b = operands
+            before = len(made)
             result = function(*operands, **named)
+            del made[before:]  # on tensors without data a product may call the other
             made.append((name, tuple(a.shape), tuple(b.shape), a.dtype, b.dtype, result.dtype))
             return result
 
@@ -154,6 +156,25 @@ def test_the_ceiling_makes_the_products_of_ours_and_no_other(
     assert products_in(lambda: step(ours, *arguments), monkeypatch) == made
     n_chunks = -(-ceiling.n_rows // ceiling.chunk_size)
     assert len(made) == 3 * n_chunks and (n_chunks > 1) == (n_rows == 600)
+
+
+def test_on_a_gpu_the_ceiling_has_aligned_rows_and_sums_16_bits_in_32(monkeypatch):
+    """On tensors that hold nothing, of which all but those of a CPU are cut as on a GPU."""
+    case = Case("linear", 6000, 200001, "bfloat16", ignored=0.5, hidden_size=8)
+    hidden, weight = (
+        torch.empty(n, 8, device="meta", dtype=torch.bfloat16) for n in (6000, 200001)
+    )
+    targets = torch.empty(6000, device="meta", dtype=torch.int64)
+    ceiling = Products(types.SimpleNamespace(case=case, first=(hidden, weight, targets)))
+    assert ceiling.buffer.stride() == (200064, 1) and ceiling.n_rows == 6000
+    half, single = torch.bfloat16, torch.float32
+    chunk = [
+        ("mm", (2000, 8), (8, 200001), half, half, half),
+        ("mm", (2000, 200001), (200001, 8), half, half, half),
+        ("mm", (200001, 2000), (2000, 8), half, half, single),
+    ]
+    later = [*chunk[:2], ("addmm", *chunk[2][1:])]
+    assert products_in(ceiling, monkeypatch) == [*chunk, *later, *later]
 
 
 def test_the_ceiling_computes_all_three_products(cpu):
