@@ -4,7 +4,8 @@ import torch
 
 from benchmarks.cases import DTYPES
 from benchmarks.inputs import IGNORE_INDEX, LinearInputs
-from fused_ce.linear_chunks import rows_at_once
+from fused_ce.cpu import machine
+from fused_ce.linear_chunks import padded, rows_at_once
 
 
 class Products:
@@ -12,7 +13,8 @@ class Products:
 
     A call is logits = hidden @ weight.T, hidden's gradient = buffer @ weight and weight's
     gradient += buffer.T @ hidden for every chunk, the buffer being what the logits went into. As
-    `clone` it pays for fresh memory of what it returns, and not for the buffer.
+    `clone` it pays for fresh memory of what it returns, and not for the buffer, nor for copies of
+    operands: where a CPU has no products of 16 bits, all three are of float32.
     """
 
     def __init__(self, inputs: LinearInputs):
@@ -26,8 +28,11 @@ class Products:
         self.chunk_size = rows_at_once(
             self.n_rows, case.vocab_size, dtype.itemsize, hidden.device.type
         )
-        stride = case.vocab_size if self.on_cpu else -(-case.vocab_size // 64) * 64
-        buffer = hidden.new_empty(self.chunk_size, stride)
+        if self.on_cpu and dtype.itemsize == 2 and not machine.multiplies(dtype):
+            dtype = torch.float32
+            self.hidden, self.weight = self.hidden.to(dtype), self.weight.to(dtype)
+        stride = case.vocab_size if self.on_cpu else padded(case.vocab_size)
+        buffer = self.hidden.new_empty(self.chunk_size, stride)
         self.buffer = buffer[:, : case.vocab_size]
         # 16 bits are summed over chunks in 32, for which a CPU's product wants operands of 32.
         self.sum_dtype = torch.float32 if self.chunk_size < self.n_rows else dtype
