@@ -4,6 +4,9 @@ A time is the median of calls in turns (see measure.py); compilation is not coun
 what is allocated beyond logits and targets at the worst moment. GB/s are of the bytes that the case
 has to move at least, beside `clone` of the same logits, which on a CPU pays for fresh pages. The
 error is relative, against float64.
+
+From hidden states (`--kind linear`) the ceiling is the bare matrix products, memory is beyond the
+gradients too, and loss and gradients have an error each.
 """
 
 import argparse
@@ -13,8 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import tables
-from benchmarks.cases import CPU_CASES, TINY_CASES
-from benchmarks.providers import PROVIDERS
+from benchmarks.cases import CPU_CASES, KINDS, TINY_CASES, TINY_LINEAR
 from benchmarks.quiet import Patience
 from benchmarks.records import Store, machine
 from benchmarks.runner import missing_records, run_case
@@ -28,18 +30,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=60.0, help=patience_help)
     parser.add_argument("--out", type=Path, default=Path("runs/cpu"), help="folder of results.json")
     parser.add_argument("--tiny", action="store_true", help="only try it, on tiny logits")
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS, help="only these")
     options = parser.parse_args(arguments)
     device = torch.device("cpu")
     about, store = machine(device), Store(options.out / "results.json")
     store.add(*missing_records(device, about))
-    peers = [name for name in tables.PEERS if not PROVIDERS[name].missing(device)]
-    print(f"{about['gpu']}, torch {about['torch']}; mean loss\n\n{tables.header(peers)}")
+    print(f"{about['gpu']}, torch {about['torch']}; mean loss")
     patience = Patience(options.patience)
-    for case in TINY_CASES if options.tiny else CPU_CASES:
+    cases = TINY_CASES + TINY_LINEAR if options.tiny else CPU_CASES
+    begun = None
+    for case in (case for case in cases if case.kind in options.kind):
+        of_linear = case.kind == "linear"
+        header, row = (
+            (tables.linear_header, tables.linear_row) if of_linear else (tables.header, tables.row)
+        )
+        peers = tables.peers_of("linear" if of_linear else "forward", device)
+        if header is not begun:
+            begun = header
+            print(f"\n{header(peers)}")
         records = run_case(case, device, options.seconds, about, patience)
         store.add(*records)
         for measured in tables.by_case(records):
-            print(tables.row(measured, peers), flush=True)
+            print(row(measured, peers), flush=True)
     print("\n" + "\n".join(tables.notes(store.records)))
     print(f"results: {store.path} (`python -m benchmarks.report --add` takes them over)")
     return 0

@@ -1,5 +1,7 @@
 """Logits and targets of a case: several of them, so that no call finds its own in a cache."""
 
+import functools
+
 import torch
 
 from benchmarks.cases import DTYPES, Case
@@ -29,12 +31,17 @@ class Inputs:
         return len(self.pristine)
 
     @property
+    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits and targets that results are checked on."""
+        return self.pristine[0], self.targets[0]
+
+    @property
     def needs_grad(self) -> bool:
         """Whether the case has a gradient."""
         return self.case.kind != "forward"
 
     def rewind(self) -> None:
-        """Begin again with the first, which is the one that results are checked on."""
+        """Begin again with the first."""
         self._turn = 0
 
     def take(self, provider: Provider) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +61,34 @@ class Inputs:
             self._used.add(index)
             logits = self._fresh[index]
         return logits.detach().requires_grad_(self.needs_grad), self.targets[index]
+
+
+class LinearInputs:
+    """Hidden states, the weight of a head and targets: one set, whose weight fills any cache."""
+
+    def __init__(self, case: Case, device: torch.device):
+        """Draw them, so that logits have a standard deviation of 2."""
+        self.case = case
+        generator = torch.Generator(device).manual_seed(0)
+        draw = functools.partial(
+            torch.randn, generator=generator, device=device, dtype=DTYPES[case.dtype]
+        )
+        hidden = draw(case.n_rows, case.hidden_size)
+        weight = draw(case.vocab_size, case.hidden_size).mul_(2 / case.hidden_size**0.5)
+        self.first = hidden, weight, _targets(case, device, generator)
+
+    def rewind(self) -> None:
+        """Begin again with the first, which is all."""
+
+    def take(self, provider: Provider) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, weight and targets; no provider overwrites them."""
+        hidden, weight, targets = self.first
+        return hidden.detach().requires_grad_(), weight.detach().requires_grad_(), targets
+
+
+def inputs_of(case: Case, device: torch.device, count: int | None = None) -> Inputs | LinearInputs:
+    """Those of its kind."""
+    return LinearInputs(case, device) if case.kind == "linear" else Inputs(case, device, count)
 
 
 def _how_many(case: Case, device: torch.device) -> int:

@@ -31,12 +31,12 @@ def run(session: Session, case: Case) -> None:
     that overwrites them then reads its own gradient, which takes it just as long.
     """
     inputs = Inputs(case, session.device, count=1)
-    exact = Exact.of(case, inputs.pristine[0], inputs.targets[0])
+    exact = Exact.of(case, *inputs.first)
     eager, graphs, notes, errors = {}, {}, {}, {}
     for name, provider in offering(case, session.device).items():
         try:
             loss_fn = provider.make(case)
-            errors[name] = check(loss_fn, provider, inputs, exact)
+            errors[name] = check(loss_fn, provider, inputs, exact).largest
             eager[name] = _eager(loss_fn, provider, inputs)
             eager[name]()
         except Exception as error:

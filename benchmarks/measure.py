@@ -15,6 +15,8 @@ import torch
 TURN_MS = 20.0  # what a provider runs before the next one's turn: three calls, or more short ones
 CALLS_IN_A_TURN = (3, 30)
 LONG_CALL_MS = 20.0  # one untimed call is enough to warm up for these
+TURN_IN_ITSELF_MS = 250.0  # and none for these: each call is a turn, and every one counts
+FAR_BEHIND = 4.0  # times the fastest; of such turns one is enough, for minutes would go there
 HEAD_START_CYCLES = 600_000  # a call: 0.3 ms at 2 GHz, more than most providers' launches take
 MOST_HEAD_START = 4  # times that
 
@@ -28,6 +30,7 @@ class Work:
     milliseconds: list[float] = field(default_factory=list)
     head_start: int = 1  # of the host, in HEAD_START_CYCLES a call
     waited: float = 0.0  # the fraction of the last turn's calls for which the GPU was waiting
+    is_warm: bool = False  # it was called before: what it compiles is compiled
 
     @property
     def median(self) -> float:
@@ -35,10 +38,10 @@ class Work:
         return statistics.median(self.milliseconds)
 
     @property
-    def spread(self) -> float:
-        """Between the quartiles of all timed calls."""
+    def spread(self) -> float | None:
+        """Between the quartiles of all timed calls; one call has none."""
         if len(self.milliseconds) < 2:
-            return 0.0
+            return None
         first, _, third = statistics.quantiles(self.milliseconds, n=4)
         return third - first
 
@@ -51,7 +54,8 @@ def interleave(
     A turn is one or two untimed calls and then several timed ones. Alternating call by call would
     let the allocator decide on a CPU: what a provider with large buffers gives back to the system,
     the next one has to fault in again (float32 8,192 x 65: 0.35 ms alone, 1.4 ms alternated).
-    Turns still spread over all of them what else the machine does.
+    Turns still spread over all of them what else the machine does. A call that is much longer than
+    a turn is one, its first included.
 
     Returns:
         What a work raised, by name; its times are not complete.
@@ -60,21 +64,22 @@ def interleave(
     one_call: dict[str, float] = {}
     for name, work in works.items():
         try:
-            _calls(work, device, 2)  # the first one may compile
-            one_call[name] = min(_calls(work, device, 2))
+            one_call[name] = _warm_up(work, device)
         except Exception as error:
             failures[name] = named(error)
             give_back_memory(device)
+    fastest = min(one_call.values(), default=0.0)
+    enough = max(TURN_IN_ITSELF_MS, FAR_BEHIND * fastest)
     turns = 0
     end = time.perf_counter() + seconds
     while turns < min_turns or time.perf_counter() < end:
         for name, work in works.items():
-            if name in failures:
+            had_its_turn = one_call.get(name, 0.0) >= (enough if turns else TURN_IN_ITSELF_MS)
+            if name in failures or had_its_turn:
                 continue
-            least, most = CALLS_IN_A_TURN
-            count = min(most, max(least, int(TURN_MS / max(one_call[name], 1e-6))))
+            untimed, count = _turn(one_call[name])
             try:
-                _calls(work, device, 1 if one_call[name] > LONG_CALL_MS else 2)
+                _calls(work, device, untimed)
                 work.milliseconds += _calls(work, device, count)
             except Exception as error:
                 failures[name] = named(error)
@@ -83,6 +88,27 @@ def interleave(
         if len(failures) == len(works):
             break
     return failures
+
+
+def _warm_up(work: Work, device: torch.device) -> float:
+    """Milliseconds of a call; where it is a turn in itself, that is the work's first."""
+    if not work.is_warm:
+        _calls(work, device, 1)  # it may compile
+    work.is_warm = True
+    (one_call,) = _calls(work, device, 1)
+    if one_call < TURN_IN_ITSELF_MS:
+        return min(_calls(work, device, 2))
+    work.milliseconds.append(one_call)
+    return one_call
+
+
+def _turn(one_call: float) -> tuple[int, int]:
+    """How many untimed and timed calls, where one takes so many milliseconds."""
+    if one_call >= TURN_IN_ITSELF_MS:
+        return 0, 1
+    least, most = CALLS_IN_A_TURN
+    count = min(most, max(least, int(TURN_MS / max(one_call, 1e-6))))
+    return 1 if one_call > LONG_CALL_MS else 2, count
 
 
 def _calls(work: Work, device: torch.device, count: int) -> list[float]:
@@ -138,6 +164,7 @@ def wall_ms(call: Callable[[], Any], device: torch.device, count: int) -> float:
 def peak_bytes(work: Work, device: torch.device) -> int:
     """The most bytes that were allocated at once during a call, beyond what was there before."""
     arguments = work.prepare()
+    work.is_warm = True
     if device.type != "cuda":
         return _cpu_peak(lambda: work.call(*arguments))
     torch.cuda.synchronize()

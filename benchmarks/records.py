@@ -35,11 +35,21 @@ class Record:
     peak_bytes: int | None = None  # beyond the inputs
     error: float | None = None  # relative, against float64: the gradient's, else the loss's
     note: str | None = None  # why there is no time, or what else there is to say
+    # What records of before "linear" have not.
+    hidden_size: int | None = None  # of "linear"
+    fraction_of_products: float | None = None  # of the speed of the bare matrix products, same run
+    loss_error: float | None = None  # relative, against float64; `error` is the largest gradient's
 
     @property
     def key(self) -> tuple:
         """What is measured, whoever is measured."""
-        return self.case, self.n_rows, self.vocab_size, self.dtype
+        return self.case, self.n_rows, self.hidden_size, self.vocab_size, self.dtype
+
+    @property
+    def sizes(self) -> str:
+        """Rows, of "linear" the size of hidden states, and vocabulary, for reading."""
+        sizes = (self.n_rows, self.hidden_size, self.vocab_size)
+        return " × ".join(f"{size:,}" for size in sizes if size is not None)
 
 
 def machine(device: torch.device) -> dict[str, str]:

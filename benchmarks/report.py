@@ -7,7 +7,7 @@ markers of the README.
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import tables
@@ -65,15 +65,18 @@ def section(records: list[Record], brief: bool = False) -> str:
         f"**{first.gpu}**, torch {first.torch}, Triton {first.triton}, "
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
     ]
-    losses = [r for r in records if r.case.split()[0] not in ("train", "launch", "clone", "read")]
-    cases = tables.by_case(losses)
-    peers = tables.peers_in(cases)
-    if cases:
-        rows = [tables.row(case, peers) for case in cases]
-        parts.append("\n".join([tables.header(peers), *rows]))
+    others = ("train", "launch", "clone", "read", "linear")
     parts += [
         text
         for text in (
+            losses_table(
+                [r for r in records if r.case.split()[0] not in others], tables.header, tables.row
+            ),
+            losses_table(
+                [r for r in records if r.case.split()[0] == "linear"],
+                tables.linear_header,
+                tables.linear_row,
+            ),
             ceilings_table(records),
             steps_table(records, "train", "training step"),
             "" if brief else steps_table(records, "launch", "call, launches included"),
@@ -83,6 +86,13 @@ def section(records: list[Record], brief: bool = False) -> str:
     if named := tables.notes(records):
         parts.append("\n".join(f"- {text}" for text in named))
     return "\n\n".join(parts)
+
+
+def losses_table(records: Iterable[Record], header: Callable, row: Callable) -> str:
+    """A row for each case, with the columns of header and row."""
+    cases = tables.by_case(records)
+    peers = tables.peers_in(cases)
+    return "\n".join([header(peers), *(row(case, peers) for case in cases)]) if cases else ""
 
 
 def steps_table(records: Iterable[Record], kind: str, what: str) -> str:

@@ -1,4 +1,4 @@
-"""One case: every provider is checked, measured for memory, and timed beside `clone`."""
+"""One case: every provider is checked, measured for memory, and timed beside a ceiling."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,15 +6,16 @@ from functools import partial
 import torch
 
 from benchmarks import measure
-from benchmarks.accuracy import Exact, WrongResult
+from benchmarks.accuracy import Errors, Exact, WrongResult
 from benchmarks.cases import DTYPES, Case
-from benchmarks.inputs import Inputs
+from benchmarks.inputs import Inputs, LinearInputs, inputs_of
 from benchmarks.measure import Work
+from benchmarks.products import Products
 from benchmarks.providers import Provider, missing, offering
 from benchmarks.quiet import DISTURBED, Patience
 from benchmarks.records import Record
 
-CLONE, READ = "clone", "read"  # the machine's own speed, as two more providers
+CLONE, READ, PRODUCTS = "clone", "read", "products"  # the machine's own speed, as more providers
 WAITED = "the GPU waits for the host: launches are in the time"
 
 
@@ -22,17 +23,19 @@ class DeviceLost(Exception):
     """After an illegal access nothing runs on the GPU any more in this process."""
 
 
-def step(
-    loss_fn: Callable, logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One training step's use of a loss: loss and gradient, which is not accumulated into .grad."""
-    loss = loss_fn(logits, targets)
-    if not logits.requires_grad:
-        return loss, None
-    return loss, torch.autograd.grad(loss, logits)[0]
+def step(loss_fn: Callable, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One training step's use of a loss: loss and gradients, not accumulated into .grad.
+
+    Of logits and targets, or of hidden states, weight and targets.
+    """
+    loss = loss_fn(*arguments)
+    leaves = arguments[:-1]
+    if not leaves[0].requires_grad:
+        return (loss,)
+    return loss, *torch.autograd.grad(loss, leaves)
 
 
-def work_of(loss_fn: Callable, provider: Provider, inputs: Inputs) -> Work:
+def work_of(loss_fn: Callable, provider: Provider, inputs: Inputs | LinearInputs) -> Work:
     """A provider's step on the inputs in turn."""
     return Work(partial(inputs.take, provider), partial(step, loss_fn))
 
@@ -44,12 +47,12 @@ def run_case(
     about: dict[str, str],
     patience: Patience | None = None,
 ) -> list[Record]:
-    """A record for every provider that has a form of this case, and for `clone`.
+    """A record for every provider that has a form of this case, and for its ceilings.
 
     One that raises or computes something else is named in the record's note, and not timed.
     """
-    inputs = Inputs(case, device)
-    exact = Exact.of(case, inputs.pristine[0], inputs.targets[0])
+    inputs = inputs_of(case, device)
+    exact = Exact.of(case, *inputs.first)
     works, notes, errors, peaks = {}, {}, {}, {}
     for name, provider in offering(case, device).items():
         try:
@@ -60,32 +63,43 @@ def run_case(
         except Exception as error:
             works.pop(name, None)
             notes[name] = note_of(error, device)
-    works |= _ceilings(case, inputs)
+    ceilings = _ceilings(case, inputs)
+    works |= ceilings
     disturbed = _time(works, device, seconds, notes, patience or Patience(0.0))
 
-    clone_speed = None
-    if CLONE in works:  # reads the logits once, writes the copy once
-        clone_speed = 2 * case.logits_bytes / works[CLONE].median
     records = []
-    for name in [*offering(case, device), CLONE, READ]:
+    for name in [*offering(case, device), *ceilings]:
+        result = {}
+        if name in errors:
+            result = {"error": errors[name].largest, "loss_error": errors[name].loss}
         if name in works:
-            n_bytes = {CLONE: 2 * case.logits_bytes, READ: case.logits_bytes}.get(name)
-            speed = (n_bytes or case.bytes_moved) / works[name].median
-            result = {
+            result |= {
                 "ms_median": works[name].median,
                 "ms_spread": works[name].spread,
-                "gb_per_s": speed / 1e6,
-                "fraction_of_clone": speed / clone_speed if clone_speed else None,
                 "peak_bytes": peaks.get(name),
-                "error": errors.get(name),
                 "note": disturbed or (WAITED if works[name].waited > 0.5 else None),
+                **_speeds(case, name, works),
             }
             records.append(record_of(case, name, about, **result))
         elif name in notes:
-            records.append(record_of(case, name, about, note=notes[name], error=errors.get(name)))
-    del inputs, exact, works
+            records.append(record_of(case, name, about, note=notes[name], **result))
+    del inputs, exact, works, ceilings
     measure.give_back_memory(device)
     return records
+
+
+def _speeds(case: Case, name: str, works: dict[str, Work]) -> dict[str, float]:
+    """How fast something is, beside the ceiling of its kind."""
+    median = works[name].median
+    if case.kind == "linear":
+        ceiling = works.get(PRODUCTS)
+        return {"fraction_of_products": ceiling.median / median} if ceiling else {}
+    n_bytes = {CLONE: 2 * case.logits_bytes, READ: case.logits_bytes}.get(name, case.bytes_moved)
+    speeds = {"gb_per_s": n_bytes / median / 1e6}
+    if CLONE in works:  # reads the logits once, writes the copy once
+        clone_speed = 2 * case.logits_bytes / works[CLONE].median
+        speeds["fraction_of_clone"] = n_bytes / median / clone_speed
+    return speeds
 
 
 def _time(works, device, seconds, notes, patience) -> str | None:
@@ -105,8 +119,10 @@ def _time(works, device, seconds, notes, patience) -> str | None:
     return f"other processes used {share:.0%} of the CPU" if share > DISTURBED else None
 
 
-def check(loss_fn: Callable, provider: Provider, inputs: Inputs, exact: Exact) -> float:
-    """The error of a provider on the first input; raises WrongResult."""
+def check(
+    loss_fn: Callable, provider: Provider, inputs: Inputs | LinearInputs, exact: Exact
+) -> Errors:
+    """The errors of a provider on the first input; raises WrongResult."""
     inputs.rewind()
     return exact.check(*step(loss_fn, *inputs.take(provider)))
 
@@ -117,6 +133,7 @@ def record_of(case: Case, provider: str, about: dict[str, str], **result) -> Rec
         **about,
         case=case.name,
         n_rows=case.n_rows,
+        hidden_size=case.hidden_size,
         vocab_size=case.vocab_size,
         dtype=case.dtype,
         provider=provider,
@@ -155,8 +172,13 @@ def clone_work(inputs: Inputs) -> Work:
     return Work(partial(inputs.take, UNCHANGED), lambda logits, _: logits.detach().clone())
 
 
-def _ceilings(case: Case, inputs: Inputs) -> dict[str, Work]:
-    """`clone` of the logits and, beside forward, a reduction that only reads them."""
+def _ceilings(case: Case, inputs: Inputs | LinearInputs) -> dict[str, Work]:
+    """`clone` of the logits and, beside forward, a reduction that only reads them.
+
+    Of hidden states the bare matrix products.
+    """
+    if case.kind == "linear":
+        return {PRODUCTS: Work(tuple, Products(inputs))}
     works = {CLONE: clone_work(inputs)}
     if case.kind == "forward":
         take, dtype = partial(inputs.take, UNCHANGED), DTYPES["float32"]

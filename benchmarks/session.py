@@ -111,6 +111,8 @@ def line(record: Record) -> str:
         text += f"  {record.gb_per_s:7.1f} GB/s"
     if record.fraction_of_clone is not None:
         text += f"  {record.fraction_of_clone:6.1%} of clone"
+    if record.fraction_of_products is not None:
+        text += f"  {record.fraction_of_products:6.1%} of products"
     if record.peak_bytes is not None:
         text += f"  {record.peak_bytes / 2**20:9.1f} MiB"
     if record.error is not None:

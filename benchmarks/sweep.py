@@ -127,7 +127,7 @@ class Bench:
     def of(cls, case: Case, device: torch.device) -> "Bench":
         """Draw the inputs and compute the result."""
         inputs = Inputs(case, device)
-        return cls(case, inputs, Exact.of(case, inputs.pristine[0], inputs.targets[0]))
+        return cls(case, inputs, Exact.of(case, *inputs.first))
 
     def work(self) -> Work:
         """Our step on the inputs in turn."""
@@ -137,7 +137,7 @@ class Bench:
     def check(self) -> float:
         """The error of our step; raises WrongResult."""
         provider = PROVIDERS[OURS]
-        return check(provider.make(self.case), provider, self.inputs, self.exact)
+        return check(provider.make(self.case), provider, self.inputs, self.exact).largest
 
 
 def run(

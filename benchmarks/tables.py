@@ -1,11 +1,16 @@
-"""Records as a table in Markdown: our time, and how many times longer the others take."""
+"""Records as tables in Markdown: our time, and how many times longer the others take."""
 
 from collections.abc import Iterable
 
-from benchmarks.providers import COMPILED, EAGER, OURS
+import torch
+
+from benchmarks.providers import COMPILED, EAGER, IN_CHUNKS, OURS, PROVIDERS
 from benchmarks.records import Record
 
-PEERS = {EAGER: "torch", COMPILED: "compiled", "liger": "Liger", "quack": "quack"}
+PEERS = {
+    EAGER: "torch", COMPILED: "compiled", IN_CHUNKS: "torch in chunks", "liger": "Liger",
+    "quack": "quack", "cut_cross_entropy": "CCE",
+}  # fmt: skip
 
 Case = dict[str, Record]  # the records of one case by provider
 
@@ -27,17 +32,30 @@ def ratio(case: Case, peer: str) -> float | None:
 
 
 def memory(case: Case, provider: str) -> float | None:
-    """Peak memory beyond the inputs, as a multiple of the logits."""
+    """Peak memory beyond the inputs, as a multiple of the logits.
+
+    From hidden states it is beyond both gradients too, which the caller wants anyway.
+    """
     record = case.get(provider)
     if record is None or record.peak_bytes is None:
         return None
+    logits = record.n_rows * record.vocab_size
+    gradients = (record.n_rows + record.vocab_size) * (record.hidden_size or 0)
     element = 4 if record.dtype == "float32" else 2
-    return record.peak_bytes / (record.n_rows * record.vocab_size * element)
+    return (record.peak_bytes - gradients * element) / (logits * element)
 
 
 def peers_in(cases: list[Case]) -> list[str]:
     """Those that have a record at all, in a fixed order."""
     return [peer for peer in PEERS if any(peer in case for case in cases)]
+
+
+def peers_of(kind: str, device: torch.device) -> list[str]:
+    """Those that have a form of this kind and can run here."""
+    return [
+        name for name in PEERS
+        if kind in PROVIDERS[name].kinds and not PROVIDERS[name].missing(device)
+    ]  # fmt: skip
 
 
 def header(peers: list[str]) -> str:
@@ -47,8 +65,7 @@ def header(peers: list[str]) -> str:
     cells += ["GB/s", "of `clone`"]
     cells += ["memory ÷ logits: fused_ce", *(PEERS[peer] for peer in peers)]
     cells += ["error: fused_ce", *(PEERS[peer] for peer in peers)]
-    marks = ["---", "---", *["---:"] * (len(cells) - 2)]
-    return f"| {' | '.join(cells)} |\n|{'|'.join(marks)}|"
+    return _head(cells)
 
 
 def row(case: Case, peers: list[str]) -> str:
@@ -62,11 +79,30 @@ def row(case: Case, peers: list[str]) -> str:
         _number(ours, ours.fraction_of_clone, "{:.0%}"),
     ]
     cells += [_number(case.get(name), memory(case, name), "{:.2f}×") for name in [OURS, *peers]]
-    errors = [case[name].error if name in case else None for name in [OURS, *peers]]
-    cells += [
-        _number(case.get(name), error, "{:.0e}")
-        for name, error in zip([OURS, *peers], errors, strict=True)
-    ]
+    cells += _errors(case, peers, "error")
+    return f"| {' | '.join(cells)} |"
+
+
+def linear_header(peers: list[str]) -> str:
+    """The first two lines of the table from hidden states."""
+    names = ["fused_ce", *(PEERS[peer] for peer in peers)]
+    cells = ["case", "dtype", "rows", "hidden", "vocabulary", "fused_ce ms", "±"]
+    cells += ["of the products", *(f"time of {name} ÷ ours" for name in names[1:])]
+    for what in ("memory ÷ logits", "error of the loss", "of gradients"):
+        cells += [f"{what}: {names[0]}", *names[1:]]
+    return _head(cells)
+
+
+def linear_row(case: Case, peers: list[str]) -> str:
+    """One case."""
+    ours = case[OURS]
+    cells = [ours.case, ours.dtype, *(f"{n:,}" for n in (ours.n_rows, ours.hidden_size))]
+    cells += [f"{ours.vocab_size:,}", _number(ours, ours.ms_median, "{:.2f}")]
+    cells += [_number(ours, ours.ms_spread, "{:.2f}")]
+    cells += [_number(ours, ours.fraction_of_products, "{:.0%}")]
+    cells += [_number(case.get(peer), ratio(case, peer), "{:.2f}×") for peer in peers]
+    cells += [_number(case.get(name), memory(case, name), "{:.2f}×") for name in [OURS, *peers]]
+    cells += _errors(case, peers, "loss_error") + _errors(case, peers, "error")
     return f"| {' | '.join(cells)} |"
 
 
@@ -74,13 +110,24 @@ def notes(records: Iterable[Record]) -> list[str]:
     """Who is missing, and what failed where."""
     lines = []
     for record in records:
-        disturbed = record.provider == OURS and record.n_rows and record.gb_per_s
+        speed = record.gb_per_s or record.fraction_of_products
+        disturbed = record.provider == OURS and record.n_rows and speed
         if record.note and (record.ms_median is None or disturbed):
             where = "" if record.n_rows is None else (
-                f" ({record.case}, {record.n_rows:,} × {record.vocab_size:,} {record.dtype})"
+                f" ({record.case}, {record.sizes} {record.dtype})"
             )  # fmt: skip
             lines.append(f"{record.provider}{where}: {record.note}")
     return lines
+
+
+def _head(cells: list[str]) -> str:
+    marks = ["---", "---", *["---:"] * (len(cells) - 2)]
+    return f"| {' | '.join(cells)} |\n|{'|'.join(marks)}|"
+
+
+def _errors(case: Case, peers: list[str], field: str) -> list[str]:
+    found = {name: case.get(name) for name in [OURS, *peers]}
+    return [_number(r, r and getattr(r, field), "{:.0e}") for r in found.values()]
 
 
 def _number(record: Record | None, value: float | None, form: str) -> str:

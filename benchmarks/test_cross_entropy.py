@@ -15,7 +15,7 @@ pytest.importorskip("pytest_benchmark")
 
 from benchmarks.accuracy import Exact
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
-from benchmarks.inputs import Inputs
+from benchmarks.inputs import Inputs, LinearInputs, inputs_of
 from benchmarks.measure import give_back_memory, synchronize
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import check, step
@@ -25,7 +25,7 @@ CASES = GPU_CASES if DEVICE.type == "cuda" else CPU_CASES
 
 
 def _id(case: Case, name: str) -> str:
-    words = (case.name, f"{case.n_rows}x{case.vocab_size}", case.dtype, name)
+    words = (case.name, "x".join(map(str, case.sizes)), case.dtype, name)
     return "-".join(words).replace(" ", "_").replace("%", "")
 
 
@@ -39,10 +39,10 @@ SECONDS, MOST_ROUNDS = 0.5, 200
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(case: Case) -> tuple[Inputs, Exact]:
+def _inputs(case: Case) -> tuple[Inputs | LinearInputs, Exact]:
     give_back_memory(DEVICE)
-    inputs = Inputs(case, DEVICE)
-    return inputs, Exact.of(case, inputs.pristine[0], inputs.targets[0])
+    inputs = inputs_of(case, DEVICE)
+    return inputs, Exact.of(case, *inputs.first)
 
 
 @pytest.mark.parametrize(("case", "name"), BENCHMARKS)
@@ -56,10 +56,11 @@ def test_loss(benchmark, case, name):
     inputs, exact = _inputs(case)
     loss_fn = provider.make(case)
     benchmark.group = case.label
+    errors = check(loss_fn, provider, inputs, exact)
     benchmark.extra_info |= {
-        "error": check(loss_fn, provider, inputs, exact),
-        "bytes_moved": case.bytes_moved,
-        "case": case.name, "n_rows": case.n_rows, "vocab_size": case.vocab_size,
+        "error": errors.largest, "loss_error": errors.loss, "bytes_moved": case.bytes_moved,
+        "case": case.name, "n_rows": case.n_rows, "hidden_size": case.hidden_size,
+        "vocab_size": case.vocab_size,
         "dtype": case.dtype, "provider": name, "device": DEVICE.type,
     }  # fmt: skip
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.cases import CPU_CASES, DTYPES, GPU_CASES, KINDS, TINY_CASES, Case
-from benchmarks.inputs import IGNORE_INDEX, Inputs
+from benchmarks.cases import CPU_CASES, DTYPES, GPU_CASES, KINDS, TINY_CASES, TINY_LINEAR, Case
+from benchmarks.inputs import IGNORE_INDEX, Inputs, LinearInputs
 from benchmarks.providers import Provider
 
 READER = Provider(lambda case: None, kinds=KINDS)
@@ -32,14 +32,15 @@ def test_every_vocabulary_dtype_kind_and_form_is_there_once(cases):
     vocabularies = {65, 6148, 32000, 50257, 128256, 151936, 256000}
     assert vocabularies <= {case.vocab_size for case in cases}
     assert set(DTYPES) == {case.dtype for case in cases}
-    assert set(KINDS[:4]) == {case.kind for case in cases}
+    assert set(KINDS) == {case.kind for case in cases}
     assert {True, False} == {case.sliced for case in cases}
-    assert {0.0, 0.3} == {case.ignored for case in cases}
+    assert {0.0, 0.3} <= {case.ignored for case in cases}
+    assert all((case.hidden_size is not None) == (case.kind == "linear") for case in cases)
     assert len(set(cases)) == len(cases)
 
 
 def test_names_differ_where_cases_differ():
-    for cases in (GPU_CASES, CPU_CASES, TINY_CASES):
+    for cases in (GPU_CASES, CPU_CASES, TINY_CASES, TINY_LINEAR):
         assert len({case.label for case in cases}) == len(cases)
 
 
@@ -55,6 +56,16 @@ def test_ignored_targets_are_that_many(cpu):
     _, targets = Inputs(Case("forward", 10, 100, "float32", ignored=0.3), cpu).take(READER)
     assert int((targets == IGNORE_INDEX).sum()) == 3
     assert int(targets.max()) < 100
+
+
+def test_hidden_states_and_weight_make_logits_as_a_trained_model_has(cpu):
+    case = Case("linear", 300, 200, "float32", ignored=0.3, hidden_size=50)
+    hidden, weight, targets = LinearInputs(case, cpu).take(READER)
+    assert hidden.shape == (300, 50) and weight.shape == (200, 50) and targets.shape == (300,)
+    assert hidden.requires_grad and weight.requires_grad
+    assert (hidden @ weight.T).std().item() == pytest.approx(2.0, rel=0.05)
+    assert int((targets == IGNORE_INDEX).sum()) == 90
+    assert case.bytes_moved is None and case.sizes == (300, 50, 200)
 
 
 def test_inputs_are_handed_out_in_turn(cpu):

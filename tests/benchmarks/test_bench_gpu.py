@@ -62,13 +62,13 @@ def test_suite_runs_on_the_cpu(uncompiled, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "LOSSES", losses)
     monkeypatch.setattr(launch_cost, "CALLS", 3)
     out = tmp_path / "out"
-    parts = "ceilings,headline,training,launch,kernels"
+    parts = "ceilings,headline,linear,training,launch,kernels"
     assert gpu.main(["--device", "cpu", "--quick", "--only", parts, "--out", str(out)]) == 0
     found = records.read(out / "results.json")
     kinds = {record.case.split()[0] for record in found if record.ms_median}
     assert kinds == {
         "clone", "read", "matmul", "train", "launch", "forward", "forward_backward",
-        "separate_backward", "in_place",
+        "separate_backward", "in_place", "linear",
     }  # fmt: skip
     assert {"liger", "quack"} <= {r.provider for r in found if r.case == "all"}
     assert all(r.ms_median or r.case == "all" for r in found), [r for r in found if r.note]
@@ -81,6 +81,7 @@ def test_make_bench_prints_a_row_a_case_and_names_the_missing(uncompiled, tmp_pa
     assert cpu_suite.main(["--tiny", "--seconds", "0.01", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.count("| forward backward") == 2 and "| in place |" in text
+    assert "| linear | float32 | 600 | 8 | 65 |" in text
     assert "liger: missing: liger_kernel is not installed" in text
     assert len(records.read(tmp_path / "results.json")) > 10
 

@@ -132,10 +132,46 @@ def test_turns_warm_up_and_are_not_alternated_call_by_call(cpu, monkeypatch):
     assert [len(work.milliseconds) for work in works.values()] == [6, 6]
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a call says so."""
+
+    class Clock:
+        now = 0.0
+
+        def call(self, seconds):
+            def run():
+                self.now += seconds
+
+            return measure.Work(tuple, run)
+
+    made = Clock()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: made.now)
+    return made
+
+
+def test_a_long_call_is_a_turn_and_one_far_behind_has_no_other(cpu, clock):
+    works = {
+        "short": clock.call(0.1), "long": clock.call(0.3), "behind": clock.call(0.5),
+    }  # fmt: skip
+    works["long"].is_warm = True
+    assert measure.interleave(works, cpu, 0.0) == {}
+    assert [len(work.milliseconds) for work in works.values()] == [9, 3, 1]
+    assert [round(work.median) for work in works.values()] == [100, 300, 500]
+    # four to warm up, 3 * (1 + 3); three; one that may compile and one
+    assert clock.now == pytest.approx(16 * 0.1 + 3 * 0.3 + 2 * 0.5)
+
+
+def test_memory_is_measured_before_time_and_warms_up(cpu):
+    work = measure.Work(tuple, lambda: torch.ones(10))
+    measure.peak_bytes(work, cpu)
+    assert work.is_warm
+
+
 def test_median_and_spread():
     work = measure.Work(tuple, tuple, [5.0, 1.0, 2.0, 4.0, 3.0])
     assert work.median == 3.0 and work.spread == 3.0
-    assert measure.Work(tuple, tuple, [1.0]).spread == 0.0
+    assert measure.Work(tuple, tuple, [1.0]).spread is None
 
 
 def test_peak_is_the_most_at_once_beyond_the_arguments(cpu):
