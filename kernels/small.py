@@ -97,19 +97,6 @@ def small_shares(weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT: tl.
 
 
 @triton.jit
-def share_places(
-    weight_ptr, targets_ptrs, cols, like, class_stride, PROBS: tl.constexpr, DENSE: tl.constexpr
-):
-    """Where the class weights and the probabilities of rows are, None for what there is none of."""
-    weight_ptrs, probs_ptrs = None, None
-    if weight_ptr is not None:
-        weight_ptrs = weight_ptr + cols + tl.zeros_like(like).to(tl.int32)
-    if PROBS:
-        probs_ptrs = of_rows(targets_ptrs) + at_class(cols, class_stride, DENSE)
-    return weight_ptrs, probs_ptrs
-
-
-@triton.jit
 def x_of_targets(
     logits_ptr, rows, targets, in_range, rows_per_group, group_stride, row_stride, class_stride,
     transform, DTYPE: tl.constexpr, DENSE: tl.constexpr, GROUPED: tl.constexpr,
@@ -222,9 +209,10 @@ def cross_entropy_small_kernel(
     if HAS_SCALE or HAS_SOFTCAP:
         x = tl.where(is_read, x, float("-inf"))
     row_max, row_sum, row_exp_dot, difference, exps = small_statistics(x)
-    weight_ptrs, probs_ptrs = share_places(
-        weight_ptr, targets_ptrs, cols, x, targets_class_stride, PROBS, DENSE
-    )
+    weight_ptrs = None if weight_ptr is None else weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
+    probs_ptrs = None
+    if PROBS:
+        probs_ptrs = of_rows(targets_ptrs) + at_class(cols, targets_class_stride, DENSE)
     share, row_dot, row_weight = small_shares(
         weight_ptrs, probs_ptrs, smooth, is_read, difference, SOFT
     )
