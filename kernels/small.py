@@ -206,8 +206,7 @@ def cross_entropy_small_kernel(
         logits_class_stride, DENSE, GROUPED,
     )  # fmt: skip
     x, slope = transformed(tl.load(x_ptrs, mask=is_read, other=float("-inf")).to(DTYPE), transform)
-    if HAS_SCALE or HAS_SOFTCAP:
-        x = tl.where(is_read, x, float("-inf"))
+    x = tl.where(is_read, x, float("-inf")) if HAS_SCALE or HAS_SOFTCAP else x
     row_max, row_sum, row_exp_dot, difference, exps = small_statistics(x)
     weight_ptrs = None if weight_ptr is None else weight_ptr + cols + tl.zeros_like(x).to(tl.int32)
     probs_ptrs = None

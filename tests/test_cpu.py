@@ -15,7 +15,7 @@ from oracle import (
 )
 
 from fused_ce import backend, cpu, fused_cross_entropy, reference_cross_entropy
-from fused_ce.cpu import passes
+from fused_ce.cpu import machine, passes
 
 
 @pytest.fixture(autouse=True)
@@ -285,3 +285,107 @@ class TestFewPlainRows:
             fused_cross_entropy(logits, targets, **options),
             reference_cross_entropy(logits, targets, **options),
         )
+
+
+class TestUnshiftedPowers:
+    """Where no logit is large, powers are those of the logits themselves."""
+
+    @pytest.fixture(autouse=True)
+    def whatever_the_size(self, monkeypatch):
+        """And whatever the processor; several blocks."""
+        monkeypatch.setattr(machine, "exponential", lambda n_elements: (torch.exp, 1.0))
+        monkeypatch.setattr(passes, "are_few", lambda *_: False)
+        monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_: 3)
+
+    @pytest.fixture
+    def summed(self, monkeypatch):
+        """How often rows were summed with their maximum subtracted."""
+        calls = []
+        for name in ("sum_up", "log_probabilities"):
+            function = getattr(passes, name)
+            monkeypatch.setattr(passes, name, lambda *args, f=function: calls.append(1) or f(*args))
+        return calls
+
+    @pytest.mark.parametrize("options", [
+        {}, dict(reduction="sum", grad_in_forward=False), dict(reduction="none"),
+    ], ids=str)  # fmt: skip
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+    def test_as_exact_as_torch(self, options, dtype, weighted, summed):
+        logits, targets = random_logits(20, 65, dtype=dtype), random_targets(20, classes=65)
+        weight = random_weight(65) if weighted else None
+        assert_as_exact_as_torch(logits, targets, weight, **options)
+        assert not summed
+
+    @pytest.mark.parametrize("options", [
+        dict(z_loss=0.1), dict(sample_weight=random_weight(20), z_loss=0.01), dict(inplace=True),
+        dict(normalizer=7.0, ignore_index=3), dict(reduction="none", grad_in_forward=True),
+    ], ids=lambda options: "-".join(options))  # fmt: skip
+    def test_as_the_reference(self, options, summed):
+        logits, targets = random_logits(20, 65), random_targets(20, classes=65)
+        found = []
+        for function in (fused_cross_entropy, reference_cross_entropy):
+            leaf = logits.clone().requires_grad_()
+            loss = function(leaf * 1, targets, **options)
+            grad = torch.autograd.grad(loss, leaf, random_upstream(loss))[0]
+            found.append((loss.detach(), grad))
+        torch.testing.assert_close(*found)
+        assert not summed
+
+    @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+    @pytest.mark.parametrize("value, at", [
+        (200.0, "all"), (-200.0, "all"), (200.0, "one"), (-200.0, "target"), (60.0, "one"),
+        (-torch.inf, "one"), (-torch.inf, "target"), (torch.nan, "one"), (-1e4, "all"),
+    ])  # fmt: skip
+    def test_large_logits_have_their_maximum_subtracted(self, value, at, inplace):
+        logits, targets = random_logits(20, 65), random_targets(20, classes=65)
+        if at == "all":
+            logits += value
+        else:
+            logits[4, targets[4] if at == "target" else (targets[4] + 1) % 65] = value
+        found = []
+        for function in (fused_cross_entropy, F.cross_entropy):
+            leaf = logits.clone().requires_grad_()
+            call = dict(inplace=inplace) if function is fused_cross_entropy else {}
+            loss = function(leaf * 1, targets, reduction="sum", **call)
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*found, equal_nan=True)
+        with torch.no_grad():
+            loss = fused_cross_entropy(logits, targets, reduction="sum")
+        torch.testing.assert_close(loss, found[1][0], equal_nan=True)
+
+    @pytest.mark.parametrize("confidence", [5.0, 12.0, 25.0])
+    def test_a_confident_row_loses_nothing(self, confidence):
+        """Of a loss of 1e-10, and of a gradient that a difference from 1 would round to 0."""
+        logits, targets = random_logits(20, 65), random_targets(20, classes=65)
+        logits[torch.arange(20), targets] = confidence
+        assert_as_exact_as_torch(logits, targets, reduction="none")
+        losses = fused_cross_entropy(logits, targets, reduction="none")
+        assert (losses >= 0).all()
+
+    def test_one_class_has_neither_loss_nor_gradient(self):
+        logits = random_logits(20, 1).requires_grad_()
+        loss = fused_cross_entropy(logits, torch.zeros(20, dtype=torch.long))
+        assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, 300.0])
+    def test_ignored_rows_may_hold_anything(self, value):
+        logits, targets = random_logits(20, 65), random_targets(20, classes=65)
+        targets[::3] = -100
+        right = F.cross_entropy(logits, targets)
+        logits[::3] = value
+        logits.requires_grad_()
+        loss = fused_cross_entropy(logits, targets)
+        torch.testing.assert_close(loss, right)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert (grad[::3] == 0).all() and grad.isfinite().all()
+
+    @pytest.mark.parametrize("options", [
+        dict(label_smoothing=0.1), dict(softcap=3.0), dict(logit_scale=2.0),
+    ], ids=str)  # fmt: skip
+    def test_not_where_differences_are_asked_for(self, options, summed):
+        logits, targets = random_logits(20, 65).requires_grad_(), random_targets(20, classes=65)
+        for route, n_passes in ((True, 1), (False, 2)):
+            summed.clear()
+            fused_cross_entropy(logits, targets, grad_in_forward=route, **options).backward()
+            assert len(summed) == n_passes * 7

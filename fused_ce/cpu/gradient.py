@@ -24,6 +24,8 @@ def make_gradient(block, stats, terms, grads, options) -> None:
         torch.mul(exp, stats.exp.reciprocal().mul_(of_lse), out=work)
     if soft is not None:
         work.addcmul_(soft, at(grads.minus_target, rows))
+    elif stats.p_target is not None:  # 0 where it is 1, whatever exp / sum is rounded to
+        work.scatter_(1, targets, stats.p_target * of_lse + at(grads.minus_target, rows))
     else:
         if terms.smoothing:
             even = at(grads.smooth, rows)

@@ -1,5 +1,7 @@
 """Loss and gradient of rows: one pass over them, a block at a time."""
 
+from collections.abc import Callable
+
 import torch
 
 from fused_ce.cpu.blocks import at, blocks, rows_at_once
@@ -18,6 +20,7 @@ from fused_ce.cpu.statistics import (
     with_mean,
 )
 from fused_ce.cpu.terms import GradTerms, RowTerms, grad_terms, row_terms
+from fused_ce.cpu.unshifted import are_in_range, can_be_unshifted, sum_powers, sum_powers_in_place
 from fused_ce.cpu.workers import share
 from fused_ce.options import LossOptions
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype, is_dense
@@ -67,16 +70,37 @@ def backward(
     pass_over_rows(rows, options, terms, sums, grads, grad_logits, grad_targets)
 
 
-def pass_over_rows(
+def pass_over_rows(rows, options, terms, sums, grads=None, grad_logits=None, grad_targets=None):
+    """Fills the sums and the gradients that are given; of powers of x itself, if that can be."""
+    unshifted = can_be_unshifted(rows, options, sums) and (grads is None or grads.entropy is None)
+    if unshifted and not _is_over(grad_logits, rows.logits):
+        _pass_over_rows(rows, options, terms, sums, grads, grad_logits, None, sum_powers)
+        if are_in_range(sums, terms):
+            return
+        unshifted = False  # the logits are there still
+
+    def sum_block(x, block, sums):
+        stats = sum_powers_in_place(x, block, sums) if unshifted else None
+        return stats or sum_up(x, block, terms, sums)
+
+    _pass_over_rows(rows, options, terms, sums, grads, grad_logits, grad_targets, sum_block)
+
+
+def _is_over(grad_logits, logits) -> bool:
+    return grad_logits is not None and grad_logits.data_ptr() == logits.data_ptr()
+
+
+def _pass_over_rows(
     rows: Rows,
     options: LossOptions,
     terms: RowTerms,
     sums: RowSums,
-    grads: GradTerms | None = None,
-    grad_logits: torch.Tensor | None = None,
-    grad_targets: torch.Tensor | None = None,
+    grads: GradTerms | None,
+    grad_logits: torch.Tensor | None,
+    grad_targets: torch.Tensor | None,
+    sum_block: Callable,
 ) -> None:
-    """Fills the sums and the gradients that are given."""
+    """With what sums up a block: with or without the maximum subtracted."""
     logits, vocab_size = rows.logits, rows.logits.shape[2]
     needs_mean = sums.mean is not None or grads is not None and grads.entropy is not None
     needs = _buffers(rows, options, needs_mean, grad_logits)
@@ -98,12 +122,12 @@ def pass_over_rows(
                 work = grad_logits[groups, columns].view(n, vocab_size)
             block = _block(part, work, scratch, terms)
             x = load(logits[groups, columns], block, options)
-            if is_plain:
+            if is_plain and sum_block is not sum_powers:
                 log_probabilities(x, block, sums)
                 return
             if block.soft is not None:
                 load_soft(rows.targets[groups, columns], block, terms, options)
-            stats = sum_up(x, block, terms, sums)
+            stats = sum_block(x, block, sums)
             if grad_targets is not None:
                 out = grad_targets[groups, columns]
                 out.copy_(grad_of_soft(block, stats, terms, grads, options).view(out.shape))

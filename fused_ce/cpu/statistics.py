@@ -24,12 +24,16 @@ class Block(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Of the rows of a block, (n, 1): maximum of x, sum of exp(x - maximum), mean x - maximum."""
+    """Of the rows of a block, (n, 1): maximum of x, sum of exp(x - maximum), mean x - maximum.
+
+    Where powers are those of x itself, the maximum is 0, and the target's probability is known.
+    """
 
     maximum: torch.Tensor
     exp: torch.Tensor
     unit: float  # that the exponential is taken of multiples of
     mean: torch.Tensor | None = None
+    p_target: torch.Tensor | None = None
 
 
 class RowSums(NamedTuple):
