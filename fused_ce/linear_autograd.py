@@ -253,7 +253,7 @@ def _scaled(grad, grad_loss, backend):
     if is_traced(grad):  # a zero stays zero, as in `scale`
         return (grad * grad_loss).masked_fill(grad == 0.0, 0.0).to(grad.dtype)
     out = torch.empty_like(grad) if graph_is_kept() else grad
-    of_rows = [of.view(1, -1, of.shape[-1]) for of in (grad, out)]
+    of_rows = [of.view(1, of.shape[:-1].numel(), of.shape[-1]) for of in (grad, out)]
     implementation(backend).scale(of_rows[0], grad_loss, of_rows[1])
     return out
 

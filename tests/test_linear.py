@@ -156,6 +156,15 @@ class TestAsTheReference:
         ):
             assert_same(index, grads, equal_nan=True)
 
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_no_features(self, device, reduction):
+        """What is left is the bias; an upstream gradient still has to reach it."""
+        head, targets = a_head(n_features=0, device=device), some_targets(device=device)
+        ours = all_of(fused_linear_cross_entropy, head, targets, reduction=reduction, chunk_size=4)
+        theirs = all_of(reference_linear_cross_entropy, head, targets, reduction=reduction)
+        for mine, others in zip(ours, theirs, strict=True):
+            assert_same(mine, others)
+
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.uint16], ids=str)
     def test_targets_of_any_integer_dtype(self, device, dtype):
         head, targets = a_head(device=device), random_targets(11, classes=33, device=device)
