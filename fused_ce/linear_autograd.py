@@ -100,8 +100,9 @@ class LinearLosses(torch.autograd.Function):
             result.loss, losses, result.unweighted, result.lse, result.entropy,
             result.predictions, divisor, *kept, *grads,
         )  # fmt: skip
+        # Not what an implementation finds besides, either: a compiler was told the shapes.
         return tuple(
-            hidden.new_zeros(shape, dtype=dtype) if tensor is None else tensor
+            hidden.new_zeros(shape, dtype=dtype) if tensor is None or shape == (0,) else tensor
             for tensor, (shape, dtype) in zip(found, kinds_of_linear_results(*args), strict=True)
         )
 

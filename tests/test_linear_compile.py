@@ -233,11 +233,11 @@ class TestExport:
 
 
 def operands(device, dtype=torch.float32, vocab_size=7, probabilities=False, made=True,
-             requires_grad=True, reduction="mean"):  # fmt: skip
+             requires_grad=True, reduction="mean", return_stats=True):  # fmt: skip
     """Arguments of the two operators, by name."""
     where = choose(torch.device(device))
     options = LossOptions(
-        -100, reduction, 0.1, z_loss=0.01, logit_scale=1.1, softcap=3.0, return_stats=True
+        -100, reduction, 0.1, z_loss=0.01, logit_scale=1.1, softcap=3.0, return_stats=return_stats
     )
     plan = Plan(options, where, dtype, False, 2).flat()
     head = a_head(5, vocab_size, 3, dtype=dtype, device=device)
@@ -282,6 +282,18 @@ class TestLibrary:
         torch.library.opcheck(
             getattr(torch.ops.fused_ce, name).default, given,
             test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("vocab_size", [7, 8192])  # 8,192: programs share rows so few
+    @pytest.mark.parametrize("made", [False, True])
+    def test_nothing_comes_that_was_not_asked_for(self, fused_device, vocab_size, made):
+        """Only shapes that a compiler was told, whatever the kernels find besides."""
+        given = operands(
+            fused_device, vocab_size=vocab_size, made=made, requires_grad=False, return_stats=False
+        )  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.fused_ce.linear_losses.default, given["linear_losses"],
+            test_utils="test_faketensor",
         )  # fmt: skip
 
     def test_eager_calls_do_not_go_through_the_dispatcher(self, fused_device, monkeypatch):
