@@ -252,7 +252,9 @@ def _scaled(grad, grad_loss, backend):
     if grad_loss is None:
         return None
     if is_traced(grad):  # a zero stays zero, as in `scale`
-        return (grad * grad_loss).masked_fill(grad == 0.0, 0.0).to(grad.dtype)
+        # A GPU would round a factor without axes to 16 bits first, a large one to inf.
+        scaled = grad.to(compute_dtype(grad)) * grad_loss
+        return scaled.masked_fill(grad == 0.0, 0.0).to(grad.dtype)
     out = torch.empty_like(grad) if graph_is_kept() else grad
     of_rows = [of.view(1, of.shape[:-1].numel(), of.shape[-1]) for of in (grad, out)]
     implementation(backend).scale(of_rows[0], grad_loss, of_rows[1])

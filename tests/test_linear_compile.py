@@ -341,6 +341,25 @@ class TestLibrary:
             assert ("fused_ce.linear_gradients.default" in seen) == (reduction == "none")
             assert not shapes & {(11, 33), (1, 11, 33)}
 
+    def test_gradients_of_16_bits_are_multiplied_in_float32(self, fused_device):
+        """A GPU rounds a factor without axes to the other's dtype: 65,536 would be inf."""
+        factors = []
+
+        class Products(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function is torch.ops.aten.mul.Tensor:
+                    factors.append([t.dtype for t in args if isinstance(t, torch.Tensor)])
+                return function(*args, **(kwargs or {}))
+
+        head = [t.requires_grad_() for t in a_head(device=fused_device, dtype=torch.float16)]
+        loss = fused_linear_cross_entropy(
+            *head[:2], some_targets(device=fused_device), grad_in_forward=True
+        )
+        upstream = torch.full_like(loss, 65536.0)
+        with Products():
+            torch.autograd.grad(loss, head[:2], upstream)
+        assert factors == [[torch.float32] * 2] * 2
+
     @pytest.mark.parametrize("mode", ["inside", "outside"])
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_fake_tensors(self, mode, reduction):
