@@ -6,6 +6,7 @@ operator of torch.library too, see ops.py: a compiler sees no logits.
 """
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fused_ce.arguments import check_targets_on_host
 from fused_ce.autograd import grad_of_sample_weight
@@ -255,9 +256,12 @@ def _scaled(grad, grad_loss, backend):
         # A GPU would round a factor without axes to 16 bits first, a large one to inf.
         scaled = grad.to(compute_dtype(grad)) * grad_loss
         return scaled.masked_fill(grad == 0.0, 0.0).to(grad.dtype)
-    out = torch.empty_like(grad) if graph_is_kept() else grad
+    kept = graph_is_kept()
+    out = torch.empty_like(grad) if kept else grad
     of_rows = [of.view(1, of.shape[:-1].numel(), of.shape[-1]) for of in (grad, out)]
     implementation(backend).scale(of_rows[0], grad_loss, of_rows[1])
+    if not kept:
+        increment_version(out)  # for whoever else holds it, a saved-tensor hook say
     return out
 
 

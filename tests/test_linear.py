@@ -445,6 +445,16 @@ class TestGraphs:
         grads = torch.autograd.grad(loss, leaves[:2])
         assert [grad.data_ptr() for grad in grads] == places
 
+    def test_who_holds_a_gradient_sees_that_it_changes(self, fused_device):
+        """A hook may hand out what it was given; autograd then knows that it is another."""
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            leaves, loss = self.leaves_and_loss(fused_device)
+        before = [(t, t._version, t.clone()) for t in held]
+        torch.autograd.grad(loss, leaves, loss.new_tensor(0.5))
+        changed = [version < t._version for t, version, was in before if not torch.equal(t, was)]
+        assert len(changed) == 3 and all(changed)
+
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_checkpoint(self, device, reduction):
         head, targets = a_head(device=device), some_targets(device=device)
