@@ -18,6 +18,7 @@ from fused_ce import (
 )
 from fused_ce.cpu import machine
 from fused_ce.linear_chunks import rows_at_once
+from fused_ce.linear_products import Gradients
 
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -342,6 +343,20 @@ class TestProductsOf16Bits:
             assert (mine is None) == (i in frozen)
             if mine is not None:
                 torch.testing.assert_close(mine, right, rtol=0, atol=0)
+
+
+class TestAlignment:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rows_of_a_gradient_lie_as_those_of_padded_logits(self, dtype, monkeypatch):
+        """Rounded too: on a GPU products of rows that are not aligned take several times longer."""
+        seen = []
+        monkeypatch.setattr(machine, "multiplies", lambda dtype: True)
+        monkeypatch.setattr(Gradients, "_add", lambda self, chunk, grad: seen.append(grad))
+        head = [t.bfloat16() for t in a_head(5, 33)]
+        logits = random_logits(5, 64, dtype=dtype)[:, :33]
+        Gradients(*head, (True, True, False), 1, True).add(None, logits)
+        assert seen[0].dtype == torch.bfloat16 and seen[0].stride() == (64, 1)
+        torch.testing.assert_close(seen[0], logits.bfloat16(), rtol=0, atol=0)
 
 
 class TestNumbers:
