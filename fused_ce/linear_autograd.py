@@ -6,6 +6,7 @@ operator of torch.library too, see ops.py: a compiler sees no logits.
 """
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fused_ce.arguments import check_targets_on_host
 from fused_ce.autograd import grad_of_sample_weight
@@ -100,8 +101,9 @@ class LinearLosses(torch.autograd.Function):
             result.loss, losses, result.unweighted, result.lse, result.entropy,
             result.predictions, divisor, *kept, *grads,
         )  # fmt: skip
+        # Not what an implementation finds besides, either: a compiler was told the shapes.
         return tuple(
-            hidden.new_zeros(shape, dtype=dtype) if tensor is None else tensor
+            hidden.new_zeros(shape, dtype=dtype) if tensor is None or shape == (0,) else tensor
             for tensor, (shape, dtype) in zip(found, kinds_of_linear_results(*args), strict=True)
         )
 
@@ -251,10 +253,15 @@ def _scaled(grad, grad_loss, backend):
     if grad_loss is None:
         return None
     if is_traced(grad):  # a zero stays zero, as in `scale`
-        return (grad * grad_loss).masked_fill(grad == 0.0, 0.0).to(grad.dtype)
-    out = torch.empty_like(grad) if graph_is_kept() else grad
-    of_rows = [of.view(1, -1, of.shape[-1]) for of in (grad, out)]
+        # A GPU would round a factor without axes to 16 bits first, a large one to inf.
+        scaled = grad.to(compute_dtype(grad)) * grad_loss
+        return scaled.masked_fill(grad == 0.0, 0.0).to(grad.dtype)
+    kept = graph_is_kept()
+    out = torch.empty_like(grad) if kept else grad
+    of_rows = [of.view(1, of.shape[:-1].numel(), of.shape[-1]) for of in (grad, out)]
     implementation(backend).scale(of_rows[0], grad_loss, of_rows[1])
+    if not kept:
+        increment_version(out)  # for whoever else holds it, a saved-tensor hook say
     return out
 
 

@@ -30,6 +30,15 @@ def _copies(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         yield classes, weight[classes].float()
 
 
+def _rounded(grad_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of another dtype with the same row stride, which aligns the products."""
+    if grad_logits.dtype == dtype:
+        return grad_logits
+    (n_rows, vocab_size), (stride, _) = grad_logits.shape, grad_logits.stride()
+    place = grad_logits.new_empty(n_rows, stride, dtype=dtype)[:, :vocab_size]
+    return place.copy_(grad_logits)
+
+
 class Products:
     """The matrix products that lead from hidden states to logits, a chunk at a time."""
 
@@ -109,7 +118,7 @@ class Gradients:
         if self.by_copies:
             self._add_by_copies(chunk, grad_logits)
         else:
-            self._add(chunk, grad_logits.to(self.head_weight.dtype))
+            self._add(chunk, _rounded(grad_logits, self.head_weight.dtype))
         self.is_first = False
 
     def _add(self, chunk, grad):

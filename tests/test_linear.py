@@ -18,6 +18,7 @@ from fused_ce import (
 )
 from fused_ce.cpu import machine
 from fused_ce.linear_chunks import rows_at_once
+from fused_ce.linear_products import Gradients
 
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -155,6 +156,15 @@ class TestAsTheReference:
             strict=True,
         ):
             assert_same(index, grads, equal_nan=True)
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_no_features(self, device, reduction):
+        """What is left is the bias; an upstream gradient still has to reach it."""
+        head, targets = a_head(n_features=0, device=device), some_targets(device=device)
+        ours = all_of(fused_linear_cross_entropy, head, targets, reduction=reduction, chunk_size=4)
+        theirs = all_of(reference_linear_cross_entropy, head, targets, reduction=reduction)
+        for mine, others in zip(ours, theirs, strict=True):
+            assert_same(mine, others)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.uint16], ids=str)
     def test_targets_of_any_integer_dtype(self, device, dtype):
@@ -335,6 +345,20 @@ class TestProductsOf16Bits:
                 torch.testing.assert_close(mine, right, rtol=0, atol=0)
 
 
+class TestAlignment:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rows_of_a_gradient_lie_as_those_of_padded_logits(self, dtype, monkeypatch):
+        """Rounded too: on a GPU products of rows that are not aligned take several times longer."""
+        seen = []
+        monkeypatch.setattr(machine, "multiplies", lambda dtype: True)
+        monkeypatch.setattr(Gradients, "_add", lambda self, chunk, grad: seen.append(grad))
+        head = [t.bfloat16() for t in a_head(5, 33)]
+        logits = random_logits(5, 64, dtype=dtype)[:, :33]
+        Gradients(*head, (True, True, False), 1, True).add(None, logits)
+        assert seen[0].dtype == torch.bfloat16 and seen[0].stride() == (64, 1)
+        torch.testing.assert_close(seen[0], logits.bfloat16(), rtol=0, atol=0)
+
+
 class TestNumbers:
     """Against whole logits in float64: not further away than F.linear + F.cross_entropy."""
 
@@ -435,6 +459,16 @@ class TestGraphs:
         places = [grad.data_ptr() for grad in finished]
         grads = torch.autograd.grad(loss, leaves[:2])
         assert [grad.data_ptr() for grad in grads] == places
+
+    def test_who_holds_a_gradient_sees_that_it_changes(self, fused_device):
+        """A hook may hand out what it was given; autograd then knows that it is another."""
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            leaves, loss = self.leaves_and_loss(fused_device)
+        before = [(t, t._version, t.clone()) for t in held]
+        torch.autograd.grad(loss, leaves, loss.new_tensor(0.5))
+        changed = [version < t._version for t, version, was in before if not torch.equal(t, was)]
+        assert len(changed) == 3 and all(changed)
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_checkpoint(self, device, reduction):

@@ -233,11 +233,11 @@ class TestExport:
 
 
 def operands(device, dtype=torch.float32, vocab_size=7, probabilities=False, made=True,
-             requires_grad=True, reduction="mean"):  # fmt: skip
+             requires_grad=True, reduction="mean", return_stats=True):  # fmt: skip
     """Arguments of the two operators, by name."""
     where = choose(torch.device(device))
     options = LossOptions(
-        -100, reduction, 0.1, z_loss=0.01, logit_scale=1.1, softcap=3.0, return_stats=True
+        -100, reduction, 0.1, z_loss=0.01, logit_scale=1.1, softcap=3.0, return_stats=return_stats
     )
     plan = Plan(options, where, dtype, False, 2).flat()
     head = a_head(5, vocab_size, 3, dtype=dtype, device=device)
@@ -284,6 +284,18 @@ class TestLibrary:
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
+    @pytest.mark.parametrize("vocab_size", [7, 8192])  # 8,192: programs share rows so few
+    @pytest.mark.parametrize("made", [False, True])
+    def test_nothing_comes_that_was_not_asked_for(self, fused_device, vocab_size, made):
+        """Only shapes that a compiler was told, whatever the kernels find besides."""
+        given = operands(
+            fused_device, vocab_size=vocab_size, made=made, requires_grad=False, return_stats=False
+        )  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.fused_ce.linear_losses.default, given["linear_losses"],
+            test_utils="test_faketensor",
+        )  # fmt: skip
+
     def test_eager_calls_do_not_go_through_the_dispatcher(self, fused_device, monkeypatch):
         for name in ("linear_losses", "linear_gradients"):
             monkeypatch.setattr(torch.ops.fused_ce, name, None)
@@ -328,6 +340,25 @@ class TestLibrary:
         if not differentiate_twice:
             assert ("fused_ce.linear_gradients.default" in seen) == (reduction == "none")
             assert not shapes & {(11, 33), (1, 11, 33)}
+
+    def test_gradients_of_16_bits_are_multiplied_in_float32(self, fused_device):
+        """A GPU rounds a factor without axes to the other's dtype: 65,536 would be inf."""
+        factors = []
+
+        class Products(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function is torch.ops.aten.mul.Tensor:
+                    factors.append([t.dtype for t in args if isinstance(t, torch.Tensor)])
+                return function(*args, **(kwargs or {}))
+
+        head = [t.requires_grad_() for t in a_head(device=fused_device, dtype=torch.float16)]
+        loss = fused_linear_cross_entropy(
+            *head[:2], some_targets(device=fused_device), grad_in_forward=True
+        )
+        upstream = torch.full_like(loss, 65536.0)
+        with Products():
+            torch.autograd.grad(loss, head[:2], upstream)
+        assert factors == [[torch.float32] * 2] * 2
 
     @pytest.mark.parametrize("mode", ["inside", "outside"])
     @pytest.mark.parametrize("reduction", ["mean", "none"])
