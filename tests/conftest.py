@@ -4,19 +4,14 @@
 `FUSED_CE_TEST_SEED=1 pytest` runs them on other numbers.
 """
 
-import contextlib
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is first imported
 
 import pytest
 import torch
+from devices import CUDA, INTERPRETED, entered
 from oracle import SEED
-
-from fused_ce import backend
-
-INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
-CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 for name in ("FUSED_CE_BACKEND", "FUSED_CE_DEBUG"):  # what someone's shell exports is not tested
     os.environ.pop(name, None)
@@ -66,24 +61,6 @@ def pytest_configure(config):
     ):  # fmt: skip
         for module in (r"triton\.runtime\.interpreter", r"numpy\..*"):
             config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning:{module}")
-
-
-@contextlib.contextmanager
-def entered(name):
-    """The device whose tensors `name` takes, with that backend chosen."""
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        if INTERPRETED:
-            pytest.skip("the kernels are interpreted: TRITON_INTERPRET=0 pytest -m cuda")
-        yield "cuda"
-        return
-    if name == "triton":
-        pytest.importorskip("triton")
-        if not INTERPRETED:
-            pytest.skip("the kernels are compiled: they need a GPU, see the cuda tests")
-    with backend(name):
-        yield "cpu"
 
 
 @pytest.fixture(params=["cpu", "triton", "reference", CUDA])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA, entered
+from devices import CUDA, entered
 from oracle import (
     FLOATS,
     assert_all_as_exact_as_torch,
