@@ -192,7 +192,7 @@ class TestCompile:
         torch.testing.assert_close(*found)
 
     @pytest.mark.parametrize("layout", ["sliced", "misaligned", "channels-first", "expanded"])
-    @pytest.mark.parametrize("vocab_size", [V, 1100])
+    @pytest.mark.parametrize("vocab_size", [pytest.param(V, marks=pytest.mark.slow), 1100])
     def test_layouts(self, fused_device, layout, vocab_size):
         """Inductor trusts the strides that the fake gradient has."""
         dim = 1 if layout == "channels-first" else -1

@@ -58,14 +58,19 @@ def modelled(device, **options):
     return Model(**options).to(device)
 
 
+SLOW = pytest.mark.slow
 COMPILED = [
     pytest.param({}, id="plain"),
-    pytest.param(dict(tied=False, ignore_index=3), id="untied"),
-    pytest.param(dict(reduction="sum", grad_in_forward=False, label_smoothing=0.1), id="in-back"),
+    pytest.param(dict(tied=False, ignore_index=3), id="untied", marks=SLOW),
+    pytest.param(
+        dict(reduction="sum", grad_in_forward=False, label_smoothing=0.1), id="in-back", marks=SLOW
+    ),
     pytest.param(dict(z_loss=0.1, softcap=3.0, logit_scale=0.5), id="softcap"),
-    pytest.param(dict(return_stats=True, reduction="none"), id="stats-of-rows"),
+    pytest.param(dict(return_stats=True, reduction="none"), id="stats-of-rows", marks=SLOW),
     pytest.param(dict(return_stats=True), id="stats"),
-    pytest.param(dict(normalizer=5.0, skip_ignored=True, ignore_index=3), id="normalizer"),
+    pytest.param(
+        dict(normalizer=5.0, skip_ignored=True, ignore_index=3), id="normalizer", marks=SLOW
+    ),
 ]
 
 
