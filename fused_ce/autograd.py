@@ -8,6 +8,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from fused_ce.backend import implementation
+from fused_ce.cpu.few import are_few, loss_of_few
 from fused_ce.options import LossOptions
 from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows, grads_of_used
@@ -23,6 +24,10 @@ def cross_entropy(
     A loss is (n_rows,) or its scalar reduction, the rest is (n_rows,). `source` is the logits of
     the rows, or these without the axis of groups: the backward of a view costs microseconds.
     """
+    if backend == "cpu" and are_few(rows, options):
+        loss = loss_of_few(source, rows.targets, options)
+        if loss is not None:
+            return (loss,)
     needs_grad = any([tensor is not None and tensor.requires_grad for tensor in rows])
     if needs_grad and torch.is_grad_enabled():
         outputs = FusedCrossEntropy.apply(

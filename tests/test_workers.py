@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import fused, random_logits, random_targets
 
-from fused_ce import backend, cpu, fused_cross_entropy
+from fused_ce import autograd, backend, cpu, fused_cross_entropy
 from fused_ce.cpu import workers
 
 
@@ -20,7 +20,8 @@ from fused_ce.cpu import workers
 def four_threads(monkeypatch):
     """However many cores there are; and blocks so small that every thread gets some."""
     monkeypatch.setattr(cpu.blocks, "block_rows", lambda *_: 3)
-    monkeypatch.setattr(cpu.passes, "are_few", lambda *_: False)
+    monkeypatch.setattr(cpu.blocks, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(autograd, "are_few", lambda *_: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     with backend("cpu"):
@@ -78,7 +79,7 @@ def test_the_number_of_threads_stays_that_of_the_user():
     code = """if True:
         import threading, torch, fused_ce
         torch.set_num_threads(3)
-        x = torch.randn(64, 20_000, requires_grad=True)
+        x = torch.randn(64, 140_000, requires_grad=True)
         fused_ce.fused_cross_entropy(x, torch.zeros(64).long()).backward()
         found = [torch.get_num_threads()]
         thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
@@ -274,7 +275,7 @@ def test_the_interpreter_ends_in_the_middle_of_nothing():
     code = """if True:
         import torch, fused_ce
         torch.set_num_threads(2)
-        fused_ce.fused_cross_entropy(torch.randn(64, 20_000), torch.zeros(64).long())
+        fused_ce.fused_cross_entropy(torch.randn(64, 140_000), torch.zeros(64).long())
         print("done")
     """
     result = subprocess.run(

@@ -2,31 +2,43 @@
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32, for each thread
-FEW_ELEMENTS = 1 << 20  # of a call: not worth that threads of ours wake up
+BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32, for each thread
+FEW_ELEMENTS = 1 << 23  # of a call: not worth that threads of ours wake up
 LEAST_ELEMENTS = 1 << 17  # of a block
 
 
-def block_rows(n_rows: int, vocab_size: int, n_threads: int, in_scratch: bool) -> int:
+def block_rows(n_rows: int, vocab_size: int, n_threads: int, n_buffers: int) -> int:
     """How many rows a thread works on at once: the one place that decides.
 
-    So many that they stay in its cache, with what a block needs of scratch memory (16-bit logits,
-    some options); and so few that every thread gets some. Where all rows are few they are one
-    block, which PyTorch's own loops share out: handing it over takes longer than it does.
+    So many that ten calls from Python are little beside the work; but that they stay in its cache,
+    with the buffers of their size that a block needs beside the gradient (for 16-bit logits and
+    some options), and that every thread gets some. Of few elements a block is for all threads, see
+    `in_turn`.
     """
     if n_rows * vocab_size <= FEW_ELEMENTS:
-        return max(n_rows, 1)
-    elements = BLOCK_ELEMENTS // (2 if in_scratch else 1)
+        return max(1, min(n_rows, BLOCK_ELEMENTS // vocab_size))
+    elements = BLOCK_ELEMENTS >> min(n_buffers, 2)
     share = -(-n_rows // n_threads)
     return max(4, LEAST_ELEMENTS // vocab_size, min(elements // vocab_size, share))
 
 
-def rows_at_once(logits: torch.Tensor, in_scratch: bool) -> int:
+def in_turn(logits: torch.Tensor) -> bool:
+    """Whether the blocks are computed one by one, each by PyTorch's own parallel loops.
+
+    A loop hands out work in microseconds, as its threads still spin when the next one comes; and to
+    a thread that wakes up beside them they leave half a core, for milliseconds. A call of a few
+    million elements is over by then. With more loops than that, and another process on a core, each
+    of them may wait for it.
+    """
+    return logits.numel() <= FEW_ELEMENTS
+
+
+def rows_at_once(logits: torch.Tensor, n_buffers: int) -> int:
     """`block_rows`, in whole groups where a group is smaller than a block."""
     n_groups, rows_per_group, vocab_size = logits.shape
     rows_per_group = max(rows_per_group, 1)
     n_threads = torch.get_num_threads()
-    rows = block_rows(n_groups * rows_per_group, vocab_size, n_threads, in_scratch)
+    rows = block_rows(n_groups * rows_per_group, vocab_size, n_threads, n_buffers)
     return rows if rows <= rows_per_group else rows // rows_per_group * rows_per_group
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_ce.cpu.blocks import at, blocks, rows_at_once
+from fused_ce.cpu.blocks import at, blocks, in_turn, rows_at_once
 from fused_ce.cpu.workers import share
 from fused_ce.rows import compute_dtype
 
@@ -72,4 +72,5 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
             scaled.masked_fill_(block == 0.0, 0.0)
         out[groups, columns] = scaled
 
-    share(blocks(grad_logits, rows_at_once(grad_logits, True)), lambda: scale_block)
+    rows_a_block = rows_at_once(grad_logits, n_buffers=1)
+    share(blocks(grad_logits, rows_a_block), lambda: scale_block, in_turn(grad_logits))

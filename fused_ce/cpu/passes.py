@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from fused_ce.cpu.blocks import at, blocks, rows_at_once
-from fused_ce.cpu.few import are_few, loss_of_few
+from fused_ce.cpu.blocks import at, blocks, in_turn, rows_at_once
 from fused_ce.cpu.gradient import grad_of_soft, make_gradient
 from fused_ce.cpu.machine import ask_for_huge_pages
 from fused_ce.cpu.statistics import (
@@ -30,10 +29,6 @@ def forward(
     rows: Rows, options: LossOptions, unweighted: bool = False, keep: bool = False
 ) -> Result:
     """The loss of rows, and what else options ask for; see rows.py. There is nothing to `keep`."""
-    if not unweighted and are_few(rows, options):
-        result = loss_of_few(rows, options, None)
-        if result is not None:
-            return result
     terms = row_terms(rows, options)
     sums = empty_sums(rows, options)
     pass_over_rows(rows, options, terms, sums)
@@ -44,10 +39,6 @@ def forward_with_grad(
     rows: Rows, options: LossOptions, grad_logits: torch.Tensor, unweighted: bool = False
 ) -> Result:
     """As forward; fills grad_logits (like the logits, or they themselves) for an upstream of 1."""
-    if not unweighted and are_few(rows, options):
-        result = loss_of_few(rows, options, grad_logits)
-        if result is not None:
-            return result
     terms = row_terms(rows, options)
     sums = empty_sums(rows, options)
     grads = grad_terms(terms, Upstream(1.0), sums, options)
@@ -108,7 +99,7 @@ def _pass_over_rows(
     for gradient, of in ((grad_logits, logits), (grad_targets, rows.targets)):
         if gradient is not None and gradient.data_ptr() != of.data_ptr():
             ask_for_huge_pages(gradient)
-    parts = blocks(logits, rows_at_once(logits, any(needs)))
+    parts = blocks(logits, rows_at_once(logits, sum(needs)))
     largest = max((part.stop - part.start for part, *_ in parts), default=0)
 
     def worker():
@@ -141,7 +132,7 @@ def _pass_over_rows(
 
         return compute
 
-    share(parts, worker)
+    share(parts, worker, in_turn(logits))
 
 
 def _buffers(rows, options, needs_mean, grad_logits) -> tuple[bool, bool, bool, bool]:

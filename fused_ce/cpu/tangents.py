@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_ce.cpu.blocks import at, blocks, rows_at_once
+from fused_ce.cpu.blocks import at, blocks, in_turn, rows_at_once
 from fused_ce.cpu.statistics import counted, empty_sums
 from fused_ce.cpu.terms import grad_terms, row_terms
 from fused_ce.cpu.workers import share
@@ -44,7 +44,8 @@ def tangents(
             out = grad_targets[groups, columns]
             out.copy_(_tangent_of_soft_gradient(block, options, terms, grads, part).view(out.shape))
 
-    share(blocks(logits, rows_at_once(logits, in_scratch=True)), lambda: compute)
+    rows_a_block = rows_at_once(logits, n_buffers=2)
+    share(blocks(logits, rows_a_block), lambda: compute, in_turn(logits))
     return results
 
 

@@ -35,16 +35,22 @@ class Job:
     def work(self) -> None:
         """Until no block is left, or somebody has failed: an error is the caller's."""
         try:
-            with torch.inference_mode(self.is_inference), torch.no_grad():
-                compute = self.worker()
-                while not self.is_stopped and (number := self._take()) < len(self.blocks):
-                    compute(self.blocks[number])
+            self._work()
         except BaseException as raised:
             self.is_stopped, self.error = True, raised
         with self.lock:
             self.n_busy -= 1
             if self.n_busy == 0:
+                # Tensors die before the caller goes on: should the interpreter end meanwhile, a
+                # thread that comes back from PyTorch's code ends the process by an abort.
+                self.blocks = self.worker = None
                 self.done.release()
+
+    def _work(self) -> None:
+        with torch.inference_mode(self.is_inference), torch.no_grad():
+            compute = self.worker()
+            while not self.is_stopped and (number := self._take()) < len(self.blocks):
+                compute(self.blocks[number])
 
     def _take(self) -> int:
         """The number of the next block: nobody gets it twice, the interpreter's lock or no."""
@@ -116,13 +122,16 @@ class Pool:
             self.jobs.get().work()
 
 
-def share(blocks: Sequence[Block], worker: Callable[[], Callable[[Block], None]]) -> None:
+def share(
+    blocks: Sequence[Block], worker: Callable[[], Callable[[Block], None]], in_turn: bool = False
+) -> None:
     """Call for every block what `worker()` returns, once a thread; the order is anybody's guess.
 
-    On as many threads as PyTorch uses in the one that calls. One block, one core, and calls from a
-    thread of the pool are computed where they are.
+    On as many threads as PyTorch uses in the one that calls. One block, one core, blocks to be
+    computed `in_turn`, and calls from a thread of the pool are computed where they are.
     """
-    n_threads = min(torch.get_num_threads(), len(blocks))
+    in_turn = in_turn and not _is_forked  # OpenMP's threads are gone too, and its loops would wait
+    n_threads = 1 if in_turn else min(torch.get_num_threads(), len(blocks))
     if n_threads > 1 and not getattr(_this_thread, "is_worker", False):
         n_threads = _pool.grown(n_threads)
     else:
@@ -135,12 +144,12 @@ def share(blocks: Sequence[Block], worker: Callable[[], Callable[[Block], None]]
         compute(block)
 
 
-def _begin() -> None:
-    global _pool
-    _pool = Pool()
+def _begin_in_child() -> None:
+    global _pool, _is_forked
+    _pool, _is_forked = Pool(), True
 
 
 _this_thread = threading.local()
-_begin()
+_pool, _is_forked = Pool(), False
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_begin_in_child)  # threads do not survive a fork
