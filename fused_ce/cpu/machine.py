@@ -11,6 +11,7 @@ import torch
 
 LOG2E = math.log2(math.e)
 HUGE_PAGE = 2 << 20
+KEPT = 32 << 20  # bytes: up to here malloc keeps what is freed, and nothing is touched anew
 MADV_HUGEPAGE = 14  # of Linux
 
 
@@ -65,7 +66,7 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     0.50 where the memory was there before.
     """
     size = tensor.numel() * tensor.element_size()
-    if _system_madvise is not None and size >= 4 * HUGE_PAGE:
+    if _system_madvise is not None and size > KEPT:
         first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         last = (tensor.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
         _system_madvise(first, last - first, MADV_HUGEPAGE)  # it may do nothing
