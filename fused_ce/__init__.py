@@ -8,6 +8,10 @@ from fused_ce.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss
 from fused_ce.reference import reference_cross_entropy, reference_linear_cross_entropy
 from fused_ce.stats import CrossEntropyStats
 from fused_ce.version import __version__
+from fused_ce.vocab_parallel import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 
 __all__ = [
     "CrossEntropyStats",
@@ -19,4 +23,6 @@ __all__ = [
     "fused_linear_cross_entropy",
     "reference_cross_entropy",
     "reference_linear_cross_entropy",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

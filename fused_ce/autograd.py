@@ -68,11 +68,11 @@ class FusedCrossEntropy(torch.autograd.Function):
             needs_logits and not needs_targets and options.makes_grad_in_forward(logits.dtype)
         )
         if ctx.in_forward:
-            grad_logits = _gradient_storage(logits, options)
+            grad_logits = gradient_storage(logits, options)
             result = ctx.implementation.forward_with_grad(
                 rows, options, grad_logits, needs_sample_weight
             )
-            overwritten = _is_over(grad_logits, logits)
+            overwritten = is_over(grad_logits, logits)
             if overwritten:
                 increment_version(logits)
             # Only a second derivative may read the logits again. Unsaved they may be changed until
@@ -111,7 +111,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() or any(map(is_batched_or_dual, grad_outputs)):
             return _of_inputs(ctx, *_differentiable(ctx, grad_outputs, saved, unsaved))
         if not saved:
-            return _of_inputs(ctx, _scaled(ctx, finished, grad_outputs[0], kept))
+            return _of_inputs(ctx, scaled(ctx, finished, grad_outputs[0], kept))
         grad_loss, grad_losses, grad_lse, grad_entropy = grads_of_outputs(grad_outputs, options)
         rows, (loss, unweighted, divisor, *saved) = Rows(*saved[:5]), saved[5:]
         needs_logits, needs_targets, needs_sample_weight, *_ = ctx.needs_input_grad
@@ -124,7 +124,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             )
         if ctx.in_forward and grad_losses is None and grad_lse is None and grad_entropy is None:
             if needs_logits:
-                grad_logits = _scaled(ctx, finished, grad_loss, kept)
+                grad_logits = scaled(ctx, finished, grad_loss, kept)
         elif needs_logits or needs_targets:
             upstream, options = _merged(grad_loss, grad_losses, divisor, options)
             grad_logits, grad_targets = _second_reading(
@@ -182,7 +182,7 @@ def grads_of_outputs(grads, options):
     return loss, losses[0] if losses else None, lse, entropy
 
 
-def _scaled(ctx, grad_logits, grad_loss, kept):
+def scaled(ctx, grad_logits, grad_loss, kept):
     """The finished gradient times the upstream one."""
     if grad_loss is None:
         return None
@@ -219,7 +219,7 @@ def _second_reading(
     logits = rows.logits.detach()
     grad_logits = None
     if needs_logits and (finished is None or kept):
-        grad_logits = _gradient_storage(logits, options)
+        grad_logits = gradient_storage(logits, options)
     elif needs_logits:
         grad_logits = finished
         increment_version(finished)
@@ -227,19 +227,29 @@ def _second_reading(
     ctx.implementation.backward(
         upstream, rows._replace(logits=logits), saved, options, grad_logits, grad_targets
     )
-    if needs_logits and _is_over(grad_logits, logits):
+    if needs_logits and is_over(grad_logits, logits):
         increment_version(logits)
     return grad_logits, grad_targets
 
 
 def grad_of_sample_weight(grad_loss, grad_losses, rows, loss, unweighted, divisor, options):
     """The gradient of sample_weight: the losses without it, less what moves the mean's divisor."""
+    target_weight = _target_weight(rows, unweighted.dtype)
+    return sample_weight_gradient(
+        grad_loss, grad_losses, rows, loss, unweighted, target_weight, divisor, options
+    )
+
+
+def sample_weight_gradient(
+    grad_loss, grad_losses, rows, loss, unweighted, target_weight, divisor, options
+):
+    """The same, where the class weight of the target is known."""
     grad = torch.zeros_like(unweighted)
     if grad_loss is not None:
         factor = grad_loss if divisor is None else grad_loss / divisor
         moved = 0.0
         if divides_by_weights(rows, options):
-            moved = loss * _target_weight(rows, unweighted.dtype)
+            moved = loss * target_weight
         grad = factor * (unweighted - moved)
     if grad_losses is not None:
         grad = grad + grad_losses * unweighted
@@ -263,12 +273,13 @@ def _target_weight(rows, dtype):
     return rows.weight[targets.clamp(0, rows.weight.shape[0] - 1)].to(dtype)
 
 
-def _gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
+def gradient_storage(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
     """Where the gradient of rows goes: over the logits if asked and possible, else a new buffer."""
     if options.inplace and in_memory(logits) is logits and not overlaps(logits):
         return logits.detach()
     return empty_gradient(logits)
 
 
-def _is_over(grad_logits: torch.Tensor, logits: torch.Tensor) -> bool:
+def is_over(grad_logits: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether the gradient lies where the logits did."""
     return grad_logits.data_ptr() == logits.data_ptr() and logits.numel() > 0

@@ -92,14 +92,18 @@ class Products:
 class Gradients:
     """Of hidden states, weight and bias, those that are needed: sums over chunks."""
 
-    def __init__(self, hidden, weight, bias, needs, n_chunks, covers_all):
-        """Places for them; rows that no chunk has get 0."""
+    def __init__(self, hidden, weight, bias, needs, n_chunks, covers_all, wide_hidden=False):
+        """Places for them; rows that no chunk has get 0.
+
+        `wide_hidden` is summed with others before it is rounded.
+        """
         self.head_weight = weight.detach()
         self.by_copies = _needs_copies(hidden, hidden.dtype)
         needs_hidden, needs_weight, needs_bias = needs
         self.hidden = self.weight = self.bias = None
         if needs_hidden:
-            self.hidden = hidden.new_empty(hidden.shape)
+            dtype = compute_dtype(hidden) if wide_hidden else hidden.dtype
+            self.hidden = hidden.new_empty(hidden.shape, dtype=dtype)
             if not covers_all:
                 self.hidden.zero_()
         if needs_weight:
@@ -122,10 +126,8 @@ class Gradients:
         self.is_first = False
 
     def _add(self, chunk, grad):
-        if self.hidden is not None and isinstance(chunk.part, slice):
-            torch.mm(grad, self.head_weight, out=self.hidden[chunk.part])
-        elif self.hidden is not None:
-            self.hidden[chunk.part] = torch.mm(grad, self.head_weight)
+        if self.hidden is not None:
+            self._add_hidden(chunk, grad)
         if self.weight is None:
             return
         hidden = chunk.hidden
@@ -136,6 +138,18 @@ class Gradients:
             torch.mm(grad.T, hidden, out=self.weight, **in_dtype)
         else:
             torch.addmm(self.weight, grad.T, hidden, out=self.weight, **in_dtype)
+
+    def _add_hidden(self, chunk, grad):
+        is_wide = self.hidden.dtype != grad.dtype
+        if isinstance(chunk.part, slice) and not is_wide:
+            torch.mm(grad, self.head_weight, out=self.hidden[chunk.part])
+            return
+        out_dtype = {}
+        if is_wide and grad.device.type != "cpu":
+            out_dtype = dict(out_dtype=self.hidden.dtype)
+        self.hidden[chunk.part] = torch.mm(grad, self.head_weight, **out_dtype).to(
+            self.hidden.dtype
+        )
 
     def _add_by_copies(self, chunk, grad_logits):
         """One copy of a block's gradients for both products."""
@@ -150,7 +164,7 @@ class Gradients:
             elif self.weight is not None:
                 self.weight[classes].addmm_(grad.T, hidden)
         if self.hidden is not None:
-            self.hidden[chunk.part] = of_hidden.to(dtype)
+            self.hidden[chunk.part] = of_hidden.to(self.hidden.dtype)
 
     def finished(self) -> list[torch.Tensor | None]:
         """Those of hidden, weight and bias, each rounded once."""

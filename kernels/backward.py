@@ -24,6 +24,7 @@ from .targets import (
     gradient_tile,
     load_target,
     loss_factors,
+    n_classes_of,
     smooth_of,
     softmax_factor_of,
 )
@@ -39,7 +40,7 @@ def row_factors(
     row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
     grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, transform,
     vocab_size, label_smoothing, z_loss, DTYPE: tl.constexpr, PROBS: tl.constexpr,
-    MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+    MEAN: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, shard_ptr,
 ):  # fmt: skip
     """((max, log(sum), softmax_factor, entropy_factor, class_grad, grad_share), grad_target,
     smooth): all that `write_columns` and `gradient_at_target` have to know of a row."""
@@ -50,10 +51,14 @@ def row_factors(
     row_weight = tl.full([], 0.0, DTYPE)
     if row_weight_ptr is not None:
         row_weight = tl.load(row_weight_ptr + row, mask=counts, other=0.0)
-    smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
+    n_classes = n_classes_of(vocab_size, shard_ptr)
+    smooth = smooth_of(label_smoothing, n_classes, DTYPE, HAS_SMOOTHING)
     target_factor, lse_factor, class_factor = loss_factors(
-        target, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, DTYPE
-    )
+        target, in_range, weight_ptr, row_weight, smooth, vocab_size, PROBS, DTYPE,
+        shard_ptr is not None,
+    )  # fmt: skip
+    if shard_ptr is not None:
+        lse_factor = row_weight  # of all shards
     grad_loss = tl.full([], 1.0, DTYPE)
     if grad_losses_ptr is not None:
         grad_loss = tl.load(grad_losses_ptr + row.to(tl.int64) * grad_losses_stride).to(DTYPE)
@@ -153,7 +158,7 @@ def write_loaded(
 
 @kernel
 def cross_entropy_backward_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, workspace_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, shard_ptr, workspace_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
     grad_losses_ptr, grad_lse_ptr, grad_entropy_ptr, grad_logits_ptr, grad_targets_ptr,
     grad_losses_stride: tl.int64,
@@ -176,9 +181,11 @@ def cross_entropy_backward_kernel(
     row = tl.program_id(0)
     start = tl.program_id(1) * (BLOCK_V * UNROLL)
     offset = row_offset(row, rows_per_group, targets_group_stride, targets_row_stride)
-    target, ignored, in_range = load_target(targets_ptr + offset, ignore_index, vocab_size)
+    target, ignored, in_range = load_target(
+        targets_ptr + offset, ignore_index, vocab_size, shard_ptr
+    )
     probs_row_ptr = targets_ptr + offset if PROBS else None
-    counts = tl.full([], True, tl.int1) if PROBS else target != ignore_index
+    counts = tl.full([], True, tl.int1) if PROBS else ignored == 0
     row_ptr = logits_ptr + row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
 
     factors, grad_target, smooth = row_factors(
@@ -186,6 +193,7 @@ def cross_entropy_backward_kernel(
         row_max_ptr, row_sum_ptr, row_weight_ptr, entropy_ptr,
         grad_losses_ptr, grad_losses_stride, grad_lse_ptr, grad_entropy_ptr, transform,
         vocab_size, label_smoothing, z_loss, DTYPE, PROBS, MEAN, HAS_SMOOTHING, HAS_Z_LOSS,
+        shard_ptr,
     )  # fmt: skip
 
     skew, interior_ptr, interior_size = split_row(row_ptr, vocab_size, VEC)
@@ -272,9 +280,12 @@ def scale_kernel(
 
 
 def launch_backward(
-    upstream, rows, options, workspace, statistics, entropy, grad_logits, grad_targets, config
-):
+    upstream, rows, options, workspace, statistics, entropy, grad_logits, grad_targets, config,
+    shard=None,
+):  # fmt: skip
     """Fill grad_logits (may be the logits) and grad_targets, whichever is given, from dense rows.
+
+    Of a shard, statistics and entropy are those of all its rows, row_weight being the lse_factor.
 
     The gradients of upstream are (n_rows,), that of the loss () too; None for it stands for 1.
     """
@@ -286,7 +297,7 @@ def launch_backward(
     ]
     cross_entropy_backward_kernel.launch(
         (n_groups * rows_per_group, steps),
-        (*rows[:4], workspace, *statistics, entropy, *upstream, grad_logits, grad_targets),
+        (*rows[:4], shard, workspace, *statistics, entropy, *upstream, grad_logits, grad_targets),
         (
             upstream.loss.stride(0) if upstream.loss is not None and upstream.loss.dim() else 0,
             rows_per_group, *logits.stride()[:2], *targets.stride()[:2], *strides[0], *strides[1],

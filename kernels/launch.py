@@ -6,6 +6,7 @@ waits for the device.
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -22,6 +23,7 @@ from ..rows import (
     is_dense,
     is_packed,
 )
+from ..shards import Shard, ShardStatistics
 from . import policy
 from .arguments import NO_STATISTICS, Outputs, RowStatistics, is_congruent, loads_shares
 from .backward import launch_backward, launch_scale
@@ -203,6 +205,74 @@ def tangents(
         _copy_back(out, grad_logits)
         _copy_back(out_targets, grad_targets)
     return results
+
+
+def shard_statistics(rows: Rows, options: LossOptions, shard: Shard) -> ShardStatistics:
+    """Of our columns of the logits; see shards.py. Ignored rows are not read."""
+    rows, options = _as_kernels_take_them(rows), options._replace(reduction="none")
+    logits = rows.logits
+    with _on_device(logits):
+        n_rows, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits)
+        numbers = [logits.new_zeros(n_rows, dtype=dtype) for _ in range(3)]
+        stats = ()
+        if options.return_stats:
+            predictions = torch.full((n_rows,), -1, dtype=torch.int64, device=logits.device)
+            stats = logits.new_zeros(n_rows, dtype=dtype), predictions
+        found = ShardStatistics(*numbers, *stats)
+        if logits.shape[2] == 0:
+            found.row_max.fill_(torch.finfo(dtype).min)
+            return found
+        found.row_sum.fill_(1.0)
+        if n_rows == 0:
+            return found
+        outputs = Outputs(found.dot, entropy=found.exp_dot, predictions=found.predictions)
+        statistics, splits = RowStatistics(found.row_max, found.row_sum), _splits(logits)
+        config = policy.stream_of(logits, splits, policy.is_heavy(rows, options))
+        call = _dense(rows), options, prepared_workspace(rows, options, dtype, splits)
+        call = *call, outputs, statistics, config
+        if splits > 1:
+            launch_split(*call, splits, _on_device_of(logits, shard))
+        else:
+            launch_forward(*call, _on_device_of(logits, shard))
+    return found
+
+
+def shard_gradient(
+    upstream: Upstream,
+    rows: Rows,
+    statistics: tuple[torch.Tensor, ...],
+    options: LossOptions,
+    shard: Shard,
+    grad_logits: torch.Tensor,
+) -> None:
+    """Fills the gradient of our columns, laid out as the logits, or over them.
+
+    For upstream gradients (n_rows,), and (row_max, row_sum, share, entropy) of all columns.
+    """
+    rows = _as_kernels_take_them(rows._replace(sample_weight=None))  # upstream has it
+    logits, options = rows.logits, options._replace(reduction="none")
+    if logits.numel() == 0:
+        return
+    *statistics, entropy = statistics
+    with _on_device(logits):
+        dense, out = _dense(rows), grad_logits
+        if dense.logits is not logits:
+            out = dense.logits
+        launch_backward(
+            _dense_upstream(upstream, logits), dense, options, None, statistics, entropy, out,
+            None, policy.stream_of(logits, _splits(logits)), _on_device_of(logits, shard),
+        )  # fmt: skip
+        _copy_back(out, grad_logits)
+
+
+@functools.lru_cache(maxsize=64)
+def _shard_on(device: torch.device, shard: Shard) -> torch.Tensor:
+    return torch.tensor(shard, dtype=torch.int64, device=device)
+
+
+def _on_device_of(logits, shard):
+    """(first, n_classes) where a kernel reads them; a copy to the device only the first time."""
+    return _shard_on(logits.device, shard)
 
 
 def _beside(tangent, rows):

@@ -19,7 +19,7 @@ from .reduce import (
     reduce_losses,
 )
 from .row_access import NOWHERE, row_offset, split_row
-from .targets import load_target, smooth_of, store_ignored, store_row
+from .targets import load_target, n_classes_of, smooth_of, store_ignored, store_row, store_share
 from .transform import exp_of, transform_of
 
 PARTS = tl.constexpr(6)  # numbers a part, see row_statistics
@@ -55,7 +55,7 @@ def combine(parts_ptr, row, splits, MAX_SPLITS: tl.constexpr):
 
 @kernel
 def cross_entropy_split_kernel(
-    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, parts_ptr, workspace_ptr,
+    logits_ptr, targets_ptr, weight_ptr, sample_weight_ptr, shard_ptr, parts_ptr, workspace_ptr,
     losses_ptr, loss_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_ptr,
     row_max_ptr, row_sum_ptr, row_weight_ptr,
     rows_per_group: tl.int32, logits_group_stride: tl.int64, logits_row_stride: tl.int64,
@@ -71,12 +71,14 @@ def cross_entropy_split_kernel(
     DTYPE: tl.constexpr = losses_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     PROBS: tl.constexpr = targets_ptr.dtype.element_ty.is_floating()
-    STATS: tl.constexpr = lse_ptr is not None
+    STATS: tl.constexpr = entropy_ptr is not None
     transform = transform_of(logit_scale, softcap, DTYPE, HAS_SCALE, HAS_SOFTCAP)
     row, n_rows = tl.program_id(0), tl.num_programs(0)
     split, splits = tl.program_id(1), tl.num_programs(1)
     offset = row_offset(row, rows_per_group, targets_group_stride, targets_row_stride)
-    target, ignored, in_range = load_target(targets_ptr + offset, ignore_index, vocab_size)
+    target, ignored, in_range = load_target(
+        targets_ptr + offset, ignore_index, vocab_size, shard_ptr
+    )
     probs_row_ptr = targets_ptr + offset if PROBS else None
     row_ptr = logits_ptr + row_offset(row, rows_per_group, logits_group_stride, logits_row_stride)
     if not ignored:
@@ -97,13 +99,21 @@ def cross_entropy_split_kernel(
         else:
             statistics = combine(parts_ptr, row, splits, MAX_SPLITS)
             x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(DTYPE)
-            smooth = smooth_of(label_smoothing, vocab_size, DTYPE, HAS_SMOOTHING)
-            store_row(
-                statistics, x_target, target, in_range, weight_ptr, sample_weight_ptr, transform,
-                smooth, z_loss, vocab_size, row, losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr,
-                predictions_ptr, row_max_ptr, row_sum_ptr, row_weight_ptr,
-                PROBS, HAS_Z_LOSS,
-            )  # fmt: skip
+            n_classes = n_classes_of(vocab_size, shard_ptr)
+            smooth = smooth_of(label_smoothing, n_classes, DTYPE, HAS_SMOOTHING)
+            if shard_ptr is None:
+                store_row(
+                    statistics, x_target, target, in_range, weight_ptr, sample_weight_ptr,
+                    transform, smooth, z_loss, vocab_size, row, losses_ptr, unweighted_ptr,
+                    lse_ptr, entropy_ptr, predictions_ptr, row_max_ptr, row_sum_ptr,
+                    row_weight_ptr, PROBS, HAS_Z_LOSS,
+                )  # fmt: skip
+            else:
+                store_share(
+                    statistics, x_target, target, in_range, weight_ptr, transform, smooth,
+                    vocab_size, row, shard_ptr, losses_ptr, entropy_ptr, predictions_ptr,
+                    row_max_ptr, row_sum_ptr,
+                )  # fmt: skip
         if loss_ptr is not None:
             reduce_losses(
                 losses_ptr, loss_ptr, workspace_ptr, row, n_rows, n_rows,
@@ -111,8 +121,8 @@ def cross_entropy_split_kernel(
             )  # fmt: skip
 
 
-def launch_split(rows, options, workspace, outputs, statistics, config, splits):
-    """Fill outputs and statistics of dense rows."""
+def launch_split(rows, options, workspace, outputs, statistics, config, splits, shard=None):
+    """Fill outputs and statistics of dense rows, or of a shard of them."""
     logits, targets = rows.logits, rows.targets
     n_groups, rows_per_group, vocab_size = logits.shape
     n_rows = n_groups * rows_per_group
@@ -120,7 +130,7 @@ def launch_split(rows, options, workspace, outputs, statistics, config, splits):
     parts = outputs.losses.new_empty(n_rows * splits * PARTS.value)
     cross_entropy_split_kernel.launch(
         (n_rows, splits),
-        (*rows[:4], parts, workspace, *outputs, *statistics),
+        (*rows[:4], shard, parts, workspace, *outputs, *statistics),
         (
             rows_per_group, *logits.stride()[:2], *targets.stride()[:2], vocab_size,
             -(-vocab_size // (splits * step)) * step, *numbers(options),

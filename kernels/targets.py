@@ -9,15 +9,24 @@ from .transform import exp_of, finite, transformed
 
 
 @triton.jit
-def load_target(targets_row_ptr, ignore_index, vocab_size):
+def load_target(targets_row_ptr, ignore_index, vocab_size, shard_ptr=None):
     """(target, ignored, in_range) of one row; the target is only safe to use where in range, and
-    never is where the targets are probabilities."""
+    never is where the targets are probabilities. Of a shard it is the place among its columns."""
     if targets_row_ptr.dtype.element_ty.is_floating():
         never = tl.full([], False, tl.int1)
         return tl.full([], 0, tl.int64), never, never
     else:
         target = tl.load(targets_row_ptr).to(tl.int64)
-        return target, target == ignore_index, (target >= 0) & (target < vocab_size)
+        ignored = target == ignore_index
+        if shard_ptr is not None:
+            target -= tl.load(shard_ptr)
+        return target, ignored, (target >= 0) & (target < vocab_size)
+
+
+@triton.jit
+def n_classes_of(vocab_size, shard_ptr):
+    """How many classes there are, where `vocab_size` columns are here."""
+    return vocab_size if shard_ptr is None else tl.load(shard_ptr + 1)
 
 
 @triton.jit
@@ -51,7 +60,7 @@ def class_share(weight_ptrs, probs_ptrs, smooth, exists, like):
 @triton.jit
 def loss_factors(
     target, in_range, weight_ptr, row_weight, smooth, vocab_size,
-    PROBS: tl.constexpr, DTYPE: tl.constexpr,
+    PROBS: tl.constexpr, DTYPE: tl.constexpr, SHARD: tl.constexpr = False,
 ):  # fmt: skip
     """(target_factor, lse_factor, class_factor) of targets of any shape: the loss of a row is
     lse_factor * lse - target_factor * x[target] - class_factor * sum_c share[c] * x[c], its
@@ -59,11 +68,12 @@ def loss_factors(
     sum of the shares, where they are loaded.
 
     NaN where the target is out of range: that poisons loss and gradient of its row, and no other.
+    Of a SHARD, whose columns alone this is then about, the target may be another's.
     """
     if PROBS:
         return tl.zeros_like(row_weight), row_weight, tl.full([], 1.0, DTYPE)
     else:
-        target_factor = tl.where(in_range, 1.0, float("nan")).to(DTYPE)
+        target_factor = tl.where(in_range, 1.0, 0.0 if SHARD else float("nan")).to(DTYPE)
         if weight_ptr is not None:
             target_factor *= tl.load(weight_ptr + target, mask=in_range, other=0.0).to(DTYPE)
         else:
@@ -185,6 +195,7 @@ def store_ignored(losses_ptr, unweighted_ptr, lse_ptr, entropy_ptr, predictions_
         tl.store(unweighted_ptr + rows, 0.0, mask=mask)
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, 0.0, mask=mask)
+    if entropy_ptr is not None:
         tl.store(entropy_ptr + rows, 0.0, mask=mask)
         tl.store(predictions_ptr + rows, -1, mask=mask)
 
@@ -215,3 +226,24 @@ def store_row(
     loss = loss_of(row_max, row_sum, row_dot, x_target, factors, z_loss, HAS_Z_LOSS)
     store_losses(losses_ptr, unweighted_ptr, sample_weight_ptr, row, loss, None)
     return factors
+
+
+@triton.jit
+def store_share(
+    statistics, x_target, target, in_range, weight_ptr, transform, smooth, vocab_size, row,
+    shard_ptr, dots_ptr, exp_dots_ptr, predictions_ptr, row_max_ptr, row_sum_ptr,
+):  # fmt: skip
+    """What a shard of the classes knows of a row, see `ShardStatistics`."""
+    row_max, row_sum, row_dot, row_weight, row_exp_dot, row_argmax = statistics
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(row_sum_ptr + row, row_sum)
+    x_target, _ = transformed(x_target, transform)
+    target_factor, _, class_factor = loss_factors(
+        target, in_range, weight_ptr, row_weight, smooth, vocab_size, False, row_max.dtype, True
+    )
+    dot = tl.where(in_range, target_factor * (x_target - row_max), 0.0)
+    tl.store(dots_ptr + row, dot + class_factor * row_dot)
+    if exp_dots_ptr is not None:
+        tl.store(exp_dots_ptr + row, row_exp_dot)
+        predictions = tl.where(row_argmax == NOWHERE, -1, row_argmax + tl.load(shard_ptr))
+        tl.store(predictions_ptr + row, predictions)

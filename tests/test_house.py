@@ -11,8 +11,9 @@ FLOORS = [
     ["fused_ce.babygpt", "fused_ce.integrations"],  # rooms with an order of their own
     ["fused_ce"],
     ["fused_ce.modules", "fused_ce.ops"],
-    ["fused_ce.linear_cross_entropy"],
-    ["fused_ce.cross_entropy", "fused_ce.linear_autograd"],
+    ["fused_ce.linear_cross_entropy", "fused_ce.vocab_parallel"],
+    ["fused_ce.cross_entropy", "fused_ce.linear_autograd", "fused_ce.sharded_linear"],
+    ["fused_ce.sharded_autograd"],
     ["fused_ce.autograd", "fused_ce.linear_products"],
     ["fused_ce.linear_chunks"],
     ["fused_ce.row_losses"],
@@ -20,7 +21,8 @@ FLOORS = [
     ["fused_ce.backend"],
     ["fused_ce.cpu", "fused_ce.kernels", "fused_ce.reference"],
     ["fused_ce.linear_arguments"],
-    ["fused_ce.arguments"],
+    ["fused_ce.arguments", "fused_ce.exchange"],
+    ["fused_ce.shards"],
     ["fused_ce.options", "fused_ce.rows", "fused_ce.stats", "fused_ce.tracing"],
     ["fused_ce.version"],
 ]

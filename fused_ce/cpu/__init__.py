@@ -11,6 +11,15 @@ The public functions are those of kernels/launch.py; autograd.py calls either.
 
 from fused_ce.cpu.gradient import scale
 from fused_ce.cpu.passes import backward, forward, forward_with_grad
+from fused_ce.cpu.shards import shard_gradient, shard_statistics
 from fused_ce.cpu.tangents import tangents
 
-__all__ = ["backward", "forward", "forward_with_grad", "scale", "tangents"]
+__all__ = [
+    "backward",
+    "forward",
+    "forward_with_grad",
+    "scale",
+    "shard_gradient",
+    "shard_statistics",
+    "tangents",
+]

@@ -65,7 +65,7 @@ def pass_over_rows(rows, options, terms, sums, grads=None, grad_logits=None, gra
     """Fills the sums and the gradients that are given; of powers of x itself, if that can be."""
     unshifted = can_be_unshifted(rows, options, sums) and (grads is None or grads.entropy is None)
     if unshifted and not _is_over(grad_logits, rows.logits):
-        _pass_over_rows(rows, options, terms, sums, grads, grad_logits, None, sum_powers)
+        pass_over_blocks(rows, options, terms, sums, grads, grad_logits, None, sum_powers)
         if are_in_range(sums, terms):
             return
         unshifted = False  # the logits are there still
@@ -74,14 +74,14 @@ def pass_over_rows(rows, options, terms, sums, grads=None, grad_logits=None, gra
         stats = sum_powers_in_place(x, block, sums) if unshifted else None
         return stats or sum_up(x, block, terms, sums)
 
-    _pass_over_rows(rows, options, terms, sums, grads, grad_logits, grad_targets, sum_block)
+    pass_over_blocks(rows, options, terms, sums, grads, grad_logits, grad_targets, sum_block)
 
 
 def _is_over(grad_logits, logits) -> bool:
     return grad_logits is not None and grad_logits.data_ptr() == logits.data_ptr()
 
 
-def _pass_over_rows(
+def pass_over_blocks(
     rows: Rows,
     options: LossOptions,
     terms: RowTerms,

@@ -103,10 +103,15 @@ def load_soft(probabilities, block, terms, options) -> None:
     torch.sum(soft, dim=1, keepdim=True, out=at(terms.lse, block.rows))
 
 
-def sum_up(x, block, terms, sums) -> RowStats:
-    """What the loss needs of every row; leaves (x - maximum) * unit in work, its powers in exp."""
+def sum_up(x, block, terms, sums, lowest=None) -> RowStats:
+    """What the loss needs of every row; leaves (x - maximum) * unit in work, its powers in exp.
+
+    With `lowest`, a row of -inf alone has this maximum, and a sum of 0.
+    """
     rows, targets, work, exp, soft, _ = block
     maximum = x.amax(dim=1, keepdim=True)
+    if lowest is not None:
+        maximum.clamp_(min=lowest)
     if sums.maximum is not None:
         sums.maximum[rows] = maximum
     if sums.predictions is not None:
@@ -157,7 +162,10 @@ def with_mean(block, stats, sums) -> RowStats:
     """Adds the mean of x - maximum; leaves (x - maximum) * unit * exp in work."""
     work = block.work
     work.clamp_(min=torch.finfo(work.dtype).min)  # 0 * -inf is 0 in an entropy
-    mean = work.mul_(block.exp).sum(dim=1, keepdim=True).div_(stats.exp * stats.unit)
+    work.mul_(block.exp)
+    if stats.mean is not None:  # other columns count too
+        return stats
+    mean = work.sum(dim=1, keepdim=True).div_(stats.exp * stats.unit)
     if sums.mean is not None:
         sums.mean[block.rows] = mean
     return stats._replace(mean=mean)
