@@ -28,6 +28,7 @@ from fused_ce.kernels import launch, policy
 from fused_ce.kernels.dispatch import Kernel
 from fused_ce.options import LossOptions
 from fused_ce.rows import Direction, Rows, Upstream, empty_gradient
+from fused_ce.shards import Shard
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -71,6 +72,7 @@ class Case:
     n_rows: int = 200  # one program each; fewer rows are split
     misaligned: int = 0
     tangents: bool = False  # the derivatives along a direction instead of the loss
+    sharded: bool = False  # the logits are some columns of a larger vocabulary
 
 
 class CompileOnly:
@@ -125,6 +127,9 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
     if case.tangents:
         yield from tangent_launches(rows, options)
         return
+    if case.sharded:
+        yield from shard_launches(rows, options)
+        return
     gradient, one = empty_gradient(logits), torch.ones(())
     result = launch.forward(rows, options)
     yield "forward"
@@ -139,6 +144,19 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
     yield "backward"
     launch.scale(gradient, one, gradient)
     yield "scale"
+
+
+def shard_launches(rows: Rows, options: LossOptions) -> Iterator[str]:
+    """What a rank launches for its columns."""
+    shard = Shard(rows.logits.shape[2], 8 * rows.logits.shape[2])
+    found = launch.shard_statistics(rows, options, shard)
+    yield "shard_statistics"
+    of_row = found.row_max
+    upstream = Upstream(of_row, *((of_row, of_row) if options.return_stats else ()))
+    statistics = of_row, found.row_sum, of_row, of_row if options.return_stats else None
+    gradient = empty_gradient(rows.logits)
+    launch.shard_gradient(upstream, rows, statistics, options, shard, gradient)
+    yield "shard_gradient"
 
 
 def tangent_launches(rows: Rows, options: LossOptions) -> Iterator[str]:

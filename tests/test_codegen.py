@@ -282,6 +282,34 @@ def test_kernels_compile(target):
 
 
 @pytest.mark.slow
+def test_shards_cost_a_row_but_no_element():
+    """The loops are those of whole rows, and so are registers and wide accesses."""
+    chosen = [
+        Case(50257, "bfloat16", options, n_rows)
+        for options in ("plain", "stats", "weight, smoothing")
+        for n_rows in (200, 2)
+    ]
+    shards = [dataclasses.replace(case, sharded=True) for case in chosen]
+    whole = {(r["kernel"], r["options"], r["num_warps"]): r for r in compiled("sm_90", chosen)}
+    found = compiled("sm_90", shards)
+    assert {r["kernel"] for r in found} == {FORWARD, SPLIT, BACKWARD, PREPARE}
+    for shard in found:
+        if shard["kernel"] == PREPARE or "opcodes" not in shard:
+            continue
+        other = whole[shard["kernel"], shard["options"], shard["num_warps"]]
+        for check in (check_lanes_agree, check_no_spills, check_registers, check_16_bytes):
+            check(shard)
+        key = "statistics_instructions"
+        # one instruction a step of 32 elements is how the compiler counts
+        assert shard[key] is other[key] is None or shard[key] <= other[key] + 0.05
+        for kind in ("LDG", "STG"):
+            counts = [len(accesses(r["opcodes"], kind, True)) for r in (shard, other)]
+            assert counts[0] == counts[1], (shard["kernel"], shard["options"], kind)
+        if shard["kernel"] == BACKWARD:  # it has no loop
+            assert len(shard["opcodes"]) <= len(other["opcodes"]) + 60
+
+
+@pytest.mark.slow
 def test_batch_sizes_compile_nothing_new():
     """Triton makes a binary for every 1 and every multiple of 16, unless told not to."""
     binaries = run("--binaries")
