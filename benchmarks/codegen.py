@@ -148,14 +148,12 @@ def launches(case: Case, batch: tuple[int, int] | None = None) -> Iterator[str]:
 
 def shard_launches(rows: Rows, options: LossOptions) -> Iterator[str]:
     """What a rank launches for its columns."""
-    shard = Shard(rows.logits.shape[2], 8 * rows.logits.shape[2])
-    found = launch.shard_statistics(rows, options, shard)
+    shard = Shard(first=50_000, n_classes=400_000)
+    of_row, row_sum, *_ = launch.shard_statistics(rows, options, shard)
     yield "shard_statistics"
-    of_row = found.row_max
-    upstream = Upstream(of_row, *((of_row, of_row) if options.return_stats else ()))
-    statistics = of_row, found.row_sum, of_row, of_row if options.return_stats else None
-    gradient = empty_gradient(rows.logits)
-    launch.shard_gradient(upstream, rows, statistics, options, shard, gradient)
+    upstream = Upstream(*(of_row, of_row, of_row)[: 3 if options.return_stats else 1])
+    statistics = of_row, row_sum, of_row, upstream.entropy
+    launch.shard_gradient(upstream, rows, statistics, options, shard, empty_gradient(rows.logits))
     yield "shard_gradient"
 
 

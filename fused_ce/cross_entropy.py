@@ -6,6 +6,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fused_ce.arguments import check_memory, check_overwritable, check_targets_on_host, prepare
 from fused_ce.autograd import cross_entropy
 from fused_ce.backend import choose
+from fused_ce.dtensors import cross_entropy_of_dtensors, is_dtensor
 from fused_ce.options import LossOptions
 from fused_ce.reference import reference
 from fused_ce.row_losses import cross_entropy_of_rows
@@ -97,6 +98,14 @@ def fused_cross_entropy(
             label_smoothing=label_smoothing, dim=dim, sample_weight=sample_weight,
             normalizer=normalizer, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
             inplace=inplace, grad_in_forward=grad_in_forward, return_stats=return_stats,
+        )  # fmt: skip
+    if any(map(is_dtensor, (logits, targets, weight, sample_weight, normalizer))):
+        return cross_entropy_of_dtensors(
+            fused_cross_entropy, logits, targets, weight, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, dim=dim,
+            sample_weight=sample_weight, normalizer=normalizer, z_loss=z_loss,
+            logit_scale=logit_scale, softcap=softcap, inplace=inplace,
+            grad_in_forward=grad_in_forward, return_stats=return_stats,
         )  # fmt: skip
     options = LossOptions(
         ignore_index, reduction, label_smoothing, inplace, grad_in_forward, normalizer, z_loss,

@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fused_ce.arguments import check_memory, prepare
 from fused_ce.backend import choose
 from fused_ce.cross_entropy import fused_cross_entropy
+from fused_ce.dtensors import is_dtensor, linear_cross_entropy_of_dtensors
 from fused_ce.linear_arguments import check_cutting, check_whole, prepare_head
 from fused_ce.linear_autograd import linear_cross_entropy
 from fused_ce.linear_chunks import Plan, without_autocast
@@ -99,6 +100,16 @@ def fused_linear_cross_entropy(
             skip_ignored=skip_ignored, chunk_size=chunk_size,
         )  # fmt: skip
     check_cutting(skip_ignored, chunk_size)
+    tensors = hidden, linear_weight, linear_bias, targets, weight, sample_weight, normalizer
+    if any(map(is_dtensor, tensors)):
+        return linear_cross_entropy_of_dtensors(
+            fused_linear_cross_entropy, hidden, linear_weight, targets, linear_bias=linear_bias,
+            weight=weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, sample_weight=sample_weight, normalizer=normalizer,
+            z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+            grad_in_forward=grad_in_forward, return_stats=return_stats, logits_dtype=logits_dtype,
+            skip_ignored=skip_ignored, chunk_size=chunk_size,
+        )  # fmt: skip
     head = prepare_head(hidden, linear_weight, linear_bias, targets, logits_dtype)
     backend = choose(hidden.device)
     tensors = (head.hidden, head.weight, head.bias, targets, sample_weight)

@@ -11,8 +11,11 @@ FLOORS = [
     ["fused_ce.babygpt", "fused_ce.integrations"],  # rooms with an order of their own
     ["fused_ce"],
     ["fused_ce.modules", "fused_ce.ops"],
-    ["fused_ce.linear_cross_entropy", "fused_ce.vocab_parallel"],
-    ["fused_ce.cross_entropy", "fused_ce.linear_autograd", "fused_ce.sharded_linear"],
+    ["fused_ce.linear_cross_entropy"],
+    ["fused_ce.cross_entropy"],
+    ["fused_ce.dtensors"],
+    ["fused_ce.vocab_parallel"],
+    ["fused_ce.linear_autograd", "fused_ce.sharded_linear"],
     ["fused_ce.sharded_autograd"],
     ["fused_ce.autograd", "fused_ce.linear_products"],
     ["fused_ce.linear_chunks"],

@@ -58,6 +58,8 @@ def scale(grad_logits: torch.Tensor, grad_losses: torch.Tensor, out: torch.Tenso
 
     A zero stays zero: an upstream gradient of inf or NaN does not reach the ignored rows.
     """
+    if grad_logits.numel() == 0:
+        return
     if grad_losses.dim() == 0 and out is grad_logits and grad_losses.item() == 1.0:
         return
     dtype = compute_dtype(grad_logits)
