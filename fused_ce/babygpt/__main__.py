@@ -120,6 +120,7 @@ def _run(args: list[str]) -> int:
     defaults, saved, compared = TrainConfig(), None, CompareConfig()
     if args[:1] == ["train"]:
         defaults, saved = _train_defaults(args[1:])
+        args = _without_repeated(args, defaults)
     elif args[:1] == ["compare"]:
         compared = CompareConfig(**vars(preset(_start(args[1:]).preset or "quick")))
     command = _parse(
@@ -160,6 +161,12 @@ def _train_defaults(args: list[str]) -> tuple[TrainConfig, dict[str, Any] | None
     for problem in problems if RANK == 0 else ():
         warn(f"{problem}; continuing from step {saved['step']}")
     return config_from_plain(saved["config"], folder), saved
+
+
+def _without_repeated(args: list[str], defaults: TrainConfig) -> list[str]:
+    """Leave out the switches that the run has on already: tyro only knows how to turn them off."""
+    on = {name for name, value in vars(defaults).items() if value is True}
+    return [word for word in args if word[:2] != "--" or word[2:].replace("-", "_") not in on]
 
 
 def _refuse_changes(config: TrainConfig, defaults: TrainConfig, saved: dict | None) -> None:

@@ -330,6 +330,14 @@ def test_resume_refuses_to_make_another_run(babygpt, folder, change):
     assert status == 1 and f"{change[0]} cannot change with --resume" in err
 
 
+def test_a_switch_may_be_given_again_with_resume(babygpt, config, flags):
+    words = ["train", *flags, "--tie-weights", "--out", config.out, "--max-steps"]
+    assert babygpt(*words, 2)[0] == 0
+    assert babygpt(*words, 4, "--resume")[0] == 0
+    status, _, err = babygpt(*words, 6, "--resume", "--inplace")
+    assert status == 1 and "--inplace cannot change with --resume: the run has False" in err
+
+
 def test_resume_does_not_go_back(babygpt, folder):
     status, _, err = babygpt("train", "--out", folder, "--resume", "--max-steps", 5)
     assert status == 1 and "the run is at step 20, beyond --max-steps 5" in err
