@@ -28,7 +28,7 @@ from fused_ce.babygpt.train import train
 # What may differ when a run is continued; any other change would make it another run.
 CHANGEABLE = {
     "data", "max_steps", "eval_interval", "eval_iters", "checkpoint_interval", "device", "out",
-    "resume", "log_steps", "tensorboard",
+    "resume", "log_steps", "tensorboard", "vocab_parallel",
 }  # fmt: skip
 # torchrun sets them; the processes of a machine all meet the same mistakes.
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))

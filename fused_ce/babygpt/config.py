@@ -147,6 +147,9 @@ class TrainConfig:
     """Only algorithms that give the same bits every time, also on a GPU."""
     fsdp: bool = False
     """Shard the model over the processes of torchrun (FSDP2) instead of copying it (DDP)."""
+    vocab_parallel: bool = False
+    """Shard the vocabulary, in token embedding and head, over the processes of torchrun, which
+    all take the same batch: the curve is that of one process."""
     seed: int = 1337
     """Seed of the weights, the batches and the dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -167,6 +170,8 @@ class TrainConfig:
             raise UserError(f"--inplace needs --loss fused, got {self.loss}")
         if self.fsdp and self.dtype == "float16":
             raise UserError("--fsdp needs --dtype float32 or bfloat16, got float16")
+        if self.vocab_parallel:
+            self._check_vocab_parallel()
         _require_positive(self, "max_steps", "batch_size", "grad_accum", "lr", "clip")
         _require_positive(self, "eval_interval", "eval_iters", "checkpoint_interval")
         _require_not_negative(self, "warmup_steps", "weight_decay", "min_vocab_size")
@@ -181,6 +186,14 @@ class TrainConfig:
                 f"got {self.decay_steps}"
             )
         self.model(vocab_size=1)  # its checks speak of the same flags
+
+    def _check_vocab_parallel(self) -> None:
+        if self.fsdp:
+            raise UserError("--vocab-parallel and --fsdp shard the model in two ways: give one")
+        if self.loss not in ("fused", "linear"):
+            raise UserError(f"--vocab-parallel needs --loss fused or linear, got {self.loss}")
+        if self.dtype == "float16":
+            raise UserError("--vocab-parallel needs --dtype float32 or bfloat16, got float16")
 
     def model(self, vocab_size: int) -> ModelConfig:
         """Return the shape of the model for a vocabulary of this size, padded if need be."""
@@ -259,6 +272,8 @@ class CompareConfig(TrainConfig):
         super().__post_init__()
         if self.resume:
             raise UserError("--resume is for train: a comparison begins anew")
+        if self.vocab_parallel:
+            raise UserError("--vocab-parallel is for train: a comparison runs in one process")
         if self.loss != "fused":
             raise UserError("--loss is for train: a comparison takes --losses")
         if len(self.losses) < 2 or len(set(self.losses)) < len(self.losses):

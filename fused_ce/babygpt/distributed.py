@@ -1,7 +1,8 @@
 """Several processes that train one model: who this one is, and what they do together.
 
 Gradients are averaged over the processes, by DDP as by FSDP2, so a loss has to be divided by the
-tokens of all processes over their number.
+tokens of all processes over their number. Where the vocabulary lies on them all have the same
+tokens, so that this is the number of one of them; see parallel.py.
 """
 
 import os
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 from fused_ce.babygpt.config import TrainConfig
 from fused_ce.babygpt.device import resolve_device
 from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.parallel import (
+    clip_gradients,
+    has_sharded_vocabulary,
+    load_whole_state,
+    shard_vocabulary,
+    sharded_parameters,
+    whole_state,
+)
 
 SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: seeds near each other stay apart
 
@@ -92,16 +101,32 @@ def world(device_name: str) -> Iterator[World]:
 def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     """Return the model to call: its backward pass averages the gradients over the processes.
 
-    With --fsdp the parameters of the model itself become shards.
+    With --fsdp the parameters of the model itself become shards, with --vocab-parallel those of
+    embedding and head.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        _refuse_to_shard(config)
     if config.fsdp:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise UserError("--fsdp needs the processes of torchrun --nproc-per-node N")
         return _shard(model, config, world)
+    if config.vocab_parallel:
+        shard_vocabulary(
+            model, config.loss, inplace=config.inplace, rank=world.rank, n_processes=world.size
+        )
+        return model
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
     return model
+
+
+def _refuse_to_shard(config: TrainConfig) -> None:
+    """Raise UserError where one process is asked for what takes several."""
+    need = "needs the processes of torchrun --nproc-per-node N"
+    if config.fsdp:
+        raise UserError(f"--fsdp {need}")
+    if config.vocab_parallel:
+        hint = "; --no-vocab-parallel goes on without" if config.resume else ""
+        raise UserError(f"--vocab-parallel {need}{hint}")
 
 
 def _shard(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
@@ -136,8 +161,27 @@ def averaging(model: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradient of the whole model, and return the norm that it had."""
+    if has_sharded_vocabulary(model):
+        return clip_gradients(model, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if is_sharded(model) else norm
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers the whole model has."""
+    counts = {parameter: parameter.numel() for parameter in model.parameters()}
+    if has_sharded_vocabulary(model):
+        for part in sharded_parameters(model):
+            counts[part] = counts[part] // len(part) * model.config.vocab_size
+    return sum(counts.values())
+
+
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Return the states of model and optimiser; of shards, on the main process alone."""
+    """Return the states of model and optimiser; of shards, on the main process at least."""
+    if has_sharded_vocabulary(model):
+        return whole_state(model, optimizer)
     if not is_sharded(model):
         return model.state_dict(), optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -150,6 +194,9 @@ def load_full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict, optimizer_state: dict
 ) -> None:
     """Load what `full_state` returned; every process takes its part."""
+    if has_sharded_vocabulary(model):
+        load_whole_state(model, optimizer, model_state, optimizer_state)
+        return
     if not is_sharded(model):
         model.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)

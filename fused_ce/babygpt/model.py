@@ -153,7 +153,7 @@ class BabyGPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss = partial(fused_loss, inplace=True) if inplace else LOSSES[loss]
-        self.is_linear = loss == "linear"
+        self.loss_takes_head = loss == "linear"  # and hidden states, rather than logits
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.n_layer:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -217,7 +217,7 @@ class BabyGPT(nn.Module):
             for layer, block in enumerate(self.blocks):
                 x = block(x, cache[layer] if cache else None)
             x = self.norm(x)
-        if self.is_linear and targets is not None:
+        if self.loss_takes_head and targets is not None:
             return None, self.loss(x, self.head, targets, normalizer)
         logits = self.head(x)
         if targets is None:

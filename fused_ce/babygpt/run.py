@@ -15,9 +15,9 @@ from fused_ce.babygpt.data import Dataset
 from fused_ce.babygpt.distributed import (
     World,
     averaging,
+    clip,
     distribute,
     full_state,
-    is_sharded,
     load_full_state,
 )
 from fused_ce.babygpt.errors import CheckpointError, UserError
@@ -33,6 +33,8 @@ class Run:
         self.config = config
         self.dataset = dataset
         self.world = world
+        # Who draws batches and dropout of its own: all processes draw the same for one vocabulary.
+        self.drawing = World(device=world.device) if config.vocab_parallel else world
         torch.manual_seed(config.seed)  # draws the weights, then the dropout
         shape = config.model(dataset.tokenizer.vocab_size)
         self.model = BabyGPT(shape, config.loss, inplace=config.inplace).to(world.device)
@@ -42,9 +44,9 @@ class Run:
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-        if not world.is_main:
-            torch.manual_seed(world.seed(config.seed))  # a dropout of its own
-        self.batch_generator = torch.Generator().manual_seed(world.seed(config.seed))
+        if not self.drawing.is_main:
+            torch.manual_seed(self.drawing.seed(config.seed))  # a dropout of its own
+        self.batch_generator = torch.Generator().manual_seed(self.drawing.seed(config.seed))
         self.step = 0
         self.best_val = math.inf
         self.wants_to_stop = False  # this process, after Ctrl-C
@@ -90,9 +92,7 @@ class Run:
     def _update(self, loss: Tensor) -> None:
         """Clip the gradient and take the optimiser's step; the host waits for the device once."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        if is_sharded(self.model):
-            norm = norm.full_tensor()
+        norm = clip(self.model, self.config.clip)
         # Not finite in float16 is a scale too large: the scaler leaves the step out and halves it.
         if not norm.isfinite() and not self.scaler.get_scale() > 1:
             raise UserError(
@@ -132,7 +132,7 @@ class Run:
             "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "generators": self.world.gather(generators),
+            "generators": self.drawing.gather(generators),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -149,16 +149,22 @@ class Run:
                 f"--tokenizer {self.config.tokenizer} has learnt another vocabulary than that of "
                 "the run: another version of the tokenizers library?"
             )
-        if len(saved["generators"]) != self.world.size:
+        n_drawing = len(saved["generators"])
+        if n_drawing != self.drawing.size:
+            if self.config.vocab_parallel:
+                raise UserError(
+                    f"--vocab-parallel cannot continue a run of {n_drawing} processes that drew "
+                    "batches of their own"
+                )
+            processes = "1 process" if n_drawing == 1 else f"{n_drawing} processes"
             raise UserError(
-                f"--resume needs {len(saved['generators'])} processes, as the run began with, "
-                f"got {self.world.size}"
+                f"--resume needs {processes}, as the run began with, got {self.world.size}"
             )
         try:
             load_full_state(self.model, self.optimizer, saved["model"], saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
             self.scaler.load_state_dict(saved["scaler"])
-            generators = saved["generators"][self.world.rank]
+            generators = saved["generators"][self.drawing.rank]
             self.batch_generator.set_state(generators["batches"])
             torch.set_rng_state(generators["torch"])
             if generators["cuda"] is not None and self.world.device.type == "cuda":

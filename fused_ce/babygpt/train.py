@@ -15,7 +15,7 @@ from fused_ce.babygpt.checkpoint import save_checkpoint
 from fused_ce.babygpt.config import TrainConfig
 from fused_ce.babygpt.data import Dataset
 from fused_ce.babygpt.device import peak_memory_bytes
-from fused_ce.babygpt.distributed import World, world
+from fused_ce.babygpt.distributed import World, count_parameters, world
 from fused_ce.babygpt.errors import UserError
 from fused_ce.babygpt.evaluate import estimate_loss
 from fused_ce.babygpt.folder import (
@@ -145,7 +145,7 @@ def _loop(run: Run, logs: _Logs | None) -> bool:
     recorded = run.world.first(logs is not None and logs.record.has(run.step))
     evaluated = run.step if recorded else None
     seconds, steps = 0.0, 0  # of training alone, since the last evaluation
-    tokens_per_step = config.batch_size * config.block_size * config.grad_accum * run.world.size
+    tokens_per_step = config.batch_size * config.block_size * config.grad_accum * run.drawing.size
     with tqdm(
         total=config.max_steps,
         initial=run.step,
@@ -234,7 +234,6 @@ def _load_dataset(config: TrainConfig, saved: dict[str, Any] | None, here: World
 
 def _describe(run: Run) -> None:
     config = run.config
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
     sizes = {name: len(tokens) for name, tokens in run.dataset.splits.items()}
     unit = run.dataset.tokenizer.unit
     print(
@@ -244,7 +243,11 @@ def _describe(run: Run) -> None:
     where = (
         f"{run.world.size} x {run.world.device.type}" if run.world.size > 1 else run.world.device
     )
-    print(f"{config.preset}: {parameters:,} parameters, {config.loss} loss, on {where}")
+    on = "vocabulary over" if config.vocab_parallel else "on"
+    print(
+        f"{config.preset}: {count_parameters(run.model):,} parameters, {config.loss} loss, "
+        f"{on} {where}"
+    )
     print(f"{config.folder}: step {run.step} to {config.max_steps}")
     if run.step == config.max_steps:
         print("nothing is left to train; a larger --max-steps extends the run")
