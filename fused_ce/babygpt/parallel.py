@@ -63,7 +63,7 @@ class ShardedEmbedding(nn.Module):
         here = idx - self.shards.first
         is_mine = (here >= 0) & (here < len(self.weight))
         x = F.embedding(here.where(is_mine, 0), self.weight)
-        return _summed(x.masked_fill(~is_mine[..., None], 0.0))
+        return _Summed.apply(x.masked_fill(~is_mine[..., None], 0.0))
 
 
 class ShardedHead(nn.Module):
@@ -96,7 +96,7 @@ def _fused_loss(
     *,
     inplace: bool,
 ) -> Tensor:
-    logits = F.linear(_with_summed_gradient(hidden), head.weight, head.bias)
+    logits = F.linear(_WithSummedGradient.apply(hidden), head.weight, head.bias)
     return vocab_parallel_cross_entropy(
         logits,
         targets,
@@ -229,19 +229,6 @@ def _with_rows(optimizer, optimizer_state, parts, change) -> dict:
         for number, of_parameter in optimizer_state["state"].items()
     }
     return {**optimizer_state, "state": state}
-
-
-def _summed(x: Tensor) -> Tensor:
-    return _Summed.apply(x)
-
-
-def _with_summed_gradient(x: Tensor) -> Tensor:
-    return _WithSummedGradient.apply(x)
-
-
-# What torch.compiler.disable sets: compiled graphs stop before what processes tell each other.
-_summed._torchdynamo_disable = True
-_with_summed_gradient._torchdynamo_disable = True
 
 
 class _Summed(torch.autograd.Function):

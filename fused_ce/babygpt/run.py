@@ -176,6 +176,7 @@ class Run:
 
 
 def _compile(model: BabyGPT, config: TrainConfig) -> None:
-    """Compile in place; around shards block by block, as their hooks cannot be compiled."""
-    for module in getattr(model, "blocks", ()) if config.fsdp else (model,):
+    """Compile in place; around shards block by block, as what these exchange cannot be compiled."""
+    is_in_parts = config.fsdp or config.vocab_parallel
+    for module in getattr(model, "blocks", ()) if is_in_parts else (model,):
         module.compile()

@@ -190,6 +190,17 @@ def test_copies_stay_equal_where_their_gradients_do_not(config, tmp_path):
         assert torch.equal(weight, second[1][name]), name
 
 
+def test_blocks_alone_are_compiled(config, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+
+    def work(rank):
+        with world("cpu") as here:
+            return compiled == list(sharded_run(replace(config, compile=True), here).model.blocks)
+
+    assert in_processes(work, tmp_path, 1)[0][0]
+
+
 def test_what_cannot_be_is_refused(config, folder, tmp_path):
     saved = load_checkpoint(folder / "last.pt")
 
