@@ -220,7 +220,7 @@ def load_whole_state(
 
 def _with_rows(optimizer, optimizer_state, parts, change) -> dict:
     """Return the state with what belongs to the rows of these parameters changed."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     state = {
         number: {
             name: change(value) if parameters[number] in parts and value.dim() else value

@@ -13,7 +13,7 @@ from fused_ce.babygpt.__main__ import main
 from fused_ce.babygpt.checkpoint import load_checkpoint, newest_checkpoint
 from fused_ce.babygpt.data import load_dataset
 from fused_ce.babygpt.distributed import World, count_parameters, world
-from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.errors import CheckpointError, UserError
 from fused_ce.babygpt.evaluate import estimate_loss
 from fused_ce.babygpt.record import read_rows
 from fused_ce.babygpt.run import Run
@@ -209,6 +209,10 @@ def test_what_cannot_be_is_refused(config, folder, tmp_path):
         with world("cpu") as here:
             run = sharded_run(config, here)
             run.restore(saved)
+            state = saved["optimizer"]["state"]
+            foreign = {**saved["optimizer"], "state": {**state, len(state): state[0]}}
+            with pytest.raises(CheckpointError, match="does not fit"):
+                run.restore({**saved, "optimizer": foreign})
             alone = replace(config, vocab_parallel=False)
             for one, of in ((run, 2), (Run(alone, run.dataset, here), 1)):
                 with pytest.raises(UserError) as refused:
