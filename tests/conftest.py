@@ -10,47 +10,21 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is fir
 
 import pytest
 import torch
-from devices import CUDA, INTERPRETED, entered
+from devices import (
+    CUDA,
+    INTERPRETED,
+    entered,
+    fill_uninitialised_memory,
+    patch_the_language_once,
+)
 from oracle import SEED
+from ranks import Pool
 
 for name in ("FUSED_CE_BACKEND", "FUSED_CE_DEBUG"):  # what someone's shell exports is not tested
     os.environ.pop(name, None)
 
-
-def _patch_the_language_once():
-    """Make the interpreter three times as fast.
-
-    At a launch it replaces the functions of triton.language, and again at each call of a device
-    function, when all are replaced already: once a launch is enough.
-    """
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(function):
-        known = set(map(id, function.__globals__.values()))
-        known = frozenset({id(interpreter.tl), id(interpreter.tl.core)} & known)
-        if known in patched:
-            return interpreter._LangPatchScope()  # with nothing to restore
-        scope = patch(function)
-        patched.add(known)
-        restore = scope.restore
-
-        def restore_and_forget():
-            patched.clear()
-            restore()
-
-        scope.restore = restore_and_forget
-        return scope
-
-    if hasattr(interpreter, "_LangPatchScope"):  # as Triton 3.7 has it
-        interpreter._patch_lang = patch_once
-
-
 if INTERPRETED:
-    _patch_the_language_once()
+    patch_the_language_once()
 
 
 def pytest_configure(config):
@@ -113,15 +87,13 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan(monkeypatch):
-    """What nobody writes shows: memory that is asked for uninitialised comes filled with NaN."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
+    """What nobody writes shows."""
+    fill_uninitialised_memory(monkeypatch)
 
 
-def _filled(allocate):
-    def allocate_nan(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        with torch.no_grad():
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    return allocate_nan
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory):
+    """The processes that tests of several ranks share."""
+    processes = Pool(tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.end()
