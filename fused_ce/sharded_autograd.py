@@ -35,6 +35,8 @@ def sharded_cross_entropy(
 
     `source` is the logits of the rows, or these without the axis of groups.
     """
+    if not torch.is_grad_enabled():  # nor does forward then make a gradient, over the logits say
+        source, rows = source.detach(), _detached(rows)
     outputs = ShardedCrossEntropy.apply(
         source, rows.sample_weight, rows, options, backend, exchange
     )
@@ -42,6 +44,10 @@ def sharded_cross_entropy(
     if options.return_stats and options.reduction == "none":
         return outputs[0], *outputs
     return outputs
+
+
+def _detached(rows):
+    return Rows(*(None if tensor is None else tensor.detach() for tensor in rows))
 
 
 def statistics_of(rows: Rows, options: LossOptions, backend: str):
@@ -61,11 +67,16 @@ def statistics_of(rows: Rows, options: LossOptions, backend: str):
     return statistics
 
 
-def put_together(gathered, rows, options, on_host) -> tuple[Combined, Targets]:
-    """What all ranks know of rows. On a CPU, IndexError for a target out of range."""
-    targets = rows.targets.reshape(-1).long()
+def check_targets(gathered, rows, options, on_host) -> None:
+    """On a CPU, IndexError on every rank for a target that none of them has."""
     if on_host or os.environ.get("FUSED_CE_DEBUG") == "1":
+        targets = rows.targets.reshape(-1).long()
         check_in_range(targets, int(gathered.bounds[-1]), options.ignore_index)
+
+
+def put_together(gathered, rows, options) -> tuple[Combined, Targets]:
+    """What all ranks know of rows."""
+    targets = rows.targets.reshape(-1).long()
     known = targets_of(
         targets, gathered.target_weight, gathered.weight_sums, gathered.bounds, options
     )
@@ -106,7 +117,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
         statistics = statistics_of(rows, options, backend)
         gathered = exchange.of_rows(statistics, rows.weight)
         ctx.shard = exchange.layout.shard
-        found, known = put_together(gathered, rows, options, exchange.on_host)
+        check_targets(gathered, rows, options, exchange.on_host)
+        found, known = put_together(gathered, rows, options)
         weight = counted_weight(rows, known, found.losses.dtype)
         losses = (found.losses * weight).masked_fill(known.ignored, 0.0)
         divisor = divisor_of(rows, options, weight, known.weight)

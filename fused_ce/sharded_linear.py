@@ -19,6 +19,7 @@ from fused_ce.linear_chunks import Plan, cut, placed, without_autocast
 from fused_ce.linear_products import Gradients, Products
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype
 from fused_ce.sharded_autograd import (
+    check_targets,
     counted_weight,
     divisor_of,
     put_together,
@@ -36,10 +37,10 @@ def sharded_linear_cross_entropy(
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats."""
     options = plan.options
     hidden = head.hidden.reshape(math.prod(head.hidden.shape[:-1]), head.hidden.shape[-1])
-    outputs = ShardedLinear.apply(
-        hidden, head.weight, head.bias, rows.sample_weight, rows, plan, exchange,
-        reduce_hidden_grad,
-    )  # fmt: skip
+    inputs = hidden, head.weight, head.bias, rows.sample_weight
+    if not torch.is_grad_enabled():  # forward then makes no gradients
+        inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+    outputs = ShardedLinear.apply(*inputs, rows, plan, exchange, reduce_hidden_grad)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if options.return_stats and options.reduction == "none":
         return outputs[0], *outputs
@@ -146,10 +147,12 @@ class _Chunks:
 
     def _finish(self, chunk, pending):
         gathered = self.exchange.finish(pending)
-        options, on_host = self.plan.options, self.exchange.on_host
+        options = self.plan.options
+        if not self.found:
+            check_targets(gathered, self.rows, options, self.exchange.on_host)
         if self.divisor is None and options.reduction == "mean":
             self.divisor = self._divisor()
-        found, known = put_together(gathered, chunk.rows, options, on_host)
+        found, known = put_together(gathered, chunk.rows, options)
         weight = counted_weight(chunk.rows, known, found.losses.dtype)
         losses = (found.losses * weight).masked_fill(known.ignored, 0.0)
         self.found.append(

@@ -47,6 +47,7 @@ class Ranks:
     """Processes 0, 1, ... of a group, waiting for bodies to run."""
 
     def __init__(self, n_ranks, kind, folder):
+        """Start them; `kind` is gloo or nccl."""
         context = multiprocessing.get_context("spawn")
         store = f"file://{folder}/{kind}-{n_ranks}-{time.monotonic_ns()}"
         self.processes, self.pipes = [], []
@@ -126,6 +127,7 @@ class Pool:
     """The processes of a session, by their number and the library they talk by."""
 
     def __init__(self, folder):
+        """None yet; they meet in a file of `folder`."""
         self.folder, self.of = folder, {}
 
     def check(self, n_ranks, kind, *call):
@@ -135,9 +137,13 @@ class Pool:
         said = self.of[n_ranks, kind].run(*call)
         if any(answer in ("no answer", "the process has ended") for answer in said):
             self.of.pop((n_ranks, kind)).end()
-        wrong = [f"rank {rank}: {answer}" for rank, answer in enumerate(said) if answer is not None]
+        wrong = {}
+        for rank, answer in enumerate(said):
+            if answer is not None:
+                wrong.setdefault(answer, []).append(rank)
         if wrong:
-            pytest.fail("\n".join(wrong), pytrace=False)
+            text = "\n".join(f"ranks {who}: {answer}" for answer, who in wrong.items())
+            pytest.fail(text, pytrace=False)
 
     def end(self):
         """Of the session."""

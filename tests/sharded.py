@@ -66,7 +66,9 @@ def differentiated(result, leaves, through=OUTPUTS):
     upstreams = [
         random_upstream(found[name].double(), seed=3 + len(name)).to(found[name]) for name in used
     ]
-    gradients = torch.autograd.grad([found[name] for name in used], list(leaves.values()), upstreams)
+    gradients = torch.autograd.grad(
+        [found[name] for name in used], list(leaves.values()), upstreams
+    )
     found = {name: value.detach() for name, value in found.items()}
     return found | {f"grad_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
@@ -114,7 +116,9 @@ def compared(here, linear, dtype, options, *, through=OUTPUTS, sizes=None, group
     targets = some_targets(ignore_index=ignore_index, device=here.device)
     options = with_tensors(options, dtype, here.device)
     if linear:
-        tensors = dict(zip(("hidden", "weight", "bias"), some_head(dtype, here.device), strict=True))
+        tensors = dict(
+            zip(("hidden", "weight", "bias"), some_head(dtype, here.device), strict=True)
+        )
         shards = {n: t if n == "hidden" else t[mine] for n, t in tensors.items()}
         functions = _linear, _fused_linear, _reference_linear
     else:
@@ -183,6 +187,6 @@ def _reference_linear(hidden, weight, bias, targets, options):
 def same_everywhere(values, group=None):
     """Fail unless all ranks have the same bits."""
     found = [None] * dist.get_world_size(group)
-    bits = [value.detach().cpu().contiguous().view(torch.uint8).tolist() for value in values]
+    bits = [value.detach().cpu().reshape(-1).view(torch.uint8).tolist() for value in values]
     dist.all_gather_object(found, bits, group=group)
     assert all(of_rank == found[0] for of_rank in found)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import CUDA, on_ranks
-from sharded import N_CLASSES, N_ROWS, compared
+from sharded import compared
 
 OPTIONS = {
     "plain": {},
@@ -23,11 +23,10 @@ OPTIONS = {
     ),
 }  # fmt: skip
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-FAST = ("weight-smoothing", "inplace", "all")  # of the interpreted kernels
 
 
 def routes(options):
-    """Every reduction by every route; by some of them in place nothing of the stats is left."""
+    """Every reduction by every route."""
     for reduction in ("mean", "sum", "none"):
         if reduction != "mean" and options.get("normalizer"):
             continue
@@ -49,7 +48,9 @@ def test_as_one_device(here, options, dtype):
 def test_linear_as_one_device(here, options, dtype):
     options = {name: value for name, value in options.items() if name != "inplace"}
     for number, call in enumerate(routes(options)):
-        cut = dict(chunk_size=(None, 3, 1)[number % 3], skip_ignored=(None, True, False)[number % 3])
+        cut = dict(
+            chunk_size=(None, 3, 1)[number % 3], skip_ignored=(None, True, False)[number % 3]
+        )
         if dtype == torch.bfloat16:
             cut["logits_dtype"] = torch.float32
         compared(here, True, dtype, call | cut)
@@ -69,12 +70,12 @@ def test_interpreted_as_one_device(here, linear, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
-@on_ranks(2, 3, backends=["triton"])
+@on_ranks(2, backends=["triton"])
 def test_interpreted_all_options(here, linear, options, dtype):
     if linear:
         options = {name: value for name, value in options.items() if name != "inplace"}
         options |= dict(chunk_size=3)
         if dtype == torch.bfloat16:
             options["logits_dtype"] = torch.float32
-    for call in routes(options):
+    for call in list(routes(options))[::4]:
         compared(here, linear, dtype, call)
