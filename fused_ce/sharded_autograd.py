@@ -8,7 +8,6 @@ backward, and nothing more is exchanged.
 import os
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from fused_ce.arguments import check_in_range
@@ -25,7 +24,7 @@ from fused_ce.exchange import Exchange
 from fused_ce.options import LossOptions
 from fused_ce.rows import Result, Rows, Upstream, in_memory
 from fused_ce.shards import Combined, Shard, Targets, combined, targets_of
-from fused_ce.tracing import graph_is_kept
+from fused_ce.tracing import graph_is_kept, is_batched_or_dual
 
 
 def sharded_cross_entropy(
@@ -152,9 +151,9 @@ class ShardedCrossEntropy(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grad_outputs):
         """The gradients of the logits that are here, and of sample_weight."""
+        check_once(grad_outputs)
         options, kept = ctx.options, graph_is_kept()
         finished, *saved = ctx.saved_tensors
         rows, (weight, loss, unweighted, target_weight, divisor, *statistics) = (
@@ -177,6 +176,19 @@ class ShardedCrossEntropy(torch.autograd.Function):
         if grad_logits is not None and not ctx.is_grouped:
             grad_logits = grad_logits.squeeze(0)
         return grad_logits, grad_sample_weight, None, None, None, None
+
+
+def check_once(grad_outputs) -> None:
+    """Raise RuntimeError where a backward is asked for more than numbers.
+
+    Not only when the second derivative is taken: of upstream gradients that need none, autograd
+    would take these for constants, and say nothing.
+    """
+    if torch.is_grad_enabled() or any(map(is_batched_or_dual, grad_outputs)):
+        raise RuntimeError(
+            "a sharded vocabulary is differentiated once: not with create_graph=True, for a second "
+            "derivative, nor with batched gradients"
+        )
 
 
 def upstream_of_rows(grad_loss, grad_losses, weight, divisor) -> torch.Tensor | None:

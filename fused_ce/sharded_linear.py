@@ -8,7 +8,6 @@ place of the logits, and goes into those of hidden states and head.
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from fused_ce.autograd import grads_of_outputs, outputs_of, sample_weight_gradient
@@ -19,6 +18,7 @@ from fused_ce.linear_chunks import Plan, cut, placed, without_autocast
 from fused_ce.linear_products import Gradients, Products
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype
 from fused_ce.sharded_autograd import (
+    check_once,
     check_targets,
     counted_weight,
     divisor_of,
@@ -86,9 +86,9 @@ class ShardedLinear(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grad_outputs):
         """The gradients of hidden, weight, bias and sample_weight."""
+        check_once(grad_outputs)
         saved, plan = ctx.saved_tensors, ctx.plan
         head, others, saved = saved[:3], saved[3:7], saved[7:]
         weight, unweighted, target_weight, loss, divisor, *saved = saved

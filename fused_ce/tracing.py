@@ -1,7 +1,9 @@
 """What PyTorch is doing just now, which only its private interfaces tell: asked for here alone."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.autograd import forward_ad
@@ -73,3 +75,20 @@ def graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph; True if PyTorch does not say."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if keeps is None else keeps()
+
+
+def uncompiled(function: Callable) -> Callable:
+    """Break the graph of a compiler at each call, and keep it from all that the call does.
+
+    As torch.compiler.disable, which imports all of Dynamo: here only once somebody else has.
+    """
+    alone = functools.cache(lambda: torch.compiler.disable(function))
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        if "torch._dynamo.eval_frame" in sys.modules:
+            return alone()(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # what it sets, for the caller's graph
+    return called

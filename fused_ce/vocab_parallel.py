@@ -1,6 +1,5 @@
 """The loss of a vocabulary that lies on several devices: the public functions."""
 
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +14,10 @@ from fused_ce.options import LossOptions
 from fused_ce.sharded_autograd import sharded_cross_entropy
 from fused_ce.sharded_linear import sharded_linear_cross_entropy
 from fused_ce.stats import CrossEntropyStats
-from fused_ce.tracing import is_transformed, saved_tensors_have_hooks
+from fused_ce.tracing import is_transformed, saved_tensors_have_hooks, uncompiled
 
 
+@uncompiled
 def vocab_parallel_cross_entropy(
     logits_shard: torch.Tensor,
     targets: torch.Tensor,
@@ -100,14 +100,15 @@ def vocab_parallel_cross_entropy(
     backend = choose(logits_shard.device)
     exchange = Exchange(group, rows.logits.shape[2], shard_sizes, backend)
     check_agreement(
-        exchange.group, options, targets=_digest(rows), dtype=str(logits_shard.dtype),
-        shape=call.batch_shape, weight=weight is not None, shard_sizes=shard_sizes,
+        exchange.group, options, rows, dtype=str(logits_shard.dtype), shape=call.batch_shape,
+        shard_sizes=shard_sizes,
     )  # fmt: skip
     is_matrix = logits_shard.dim() == 2 and call.dim == 1
     source = logits_shard if is_matrix else rows.logits
     return call.returned(sharded_cross_entropy(source, rows, options, backend, exchange))
 
 
+@uncompiled
 def vocab_parallel_linear_cross_entropy(
     hidden: torch.Tensor,
     linear_weight_shard: torch.Tensor,
@@ -182,19 +183,14 @@ def vocab_parallel_linear_cross_entropy(
     exchange = Exchange(group, head.weight.shape[0], shard_sizes, backend)
     skips = hidden.device.type == "cpu" if skip_ignored is None else skip_ignored
     check_agreement(
-        exchange.group, call.options, targets=_digest(call.rows), dtype=str(hidden.dtype),
-        shape=call.batch_shape, weight=weight is not None, shard_sizes=shard_sizes,
+        exchange.group, call.options, call.rows, dtype=str(hidden.dtype),
+        shape=call.batch_shape, shard_sizes=shard_sizes,
         logits_dtype=str(head.logits_dtype), skip_ignored=skips, chunk_size=chunk_size,
         reduce_hidden_grad=reduce_hidden_grad, needs_grad=_needs(head),
     )  # fmt: skip
     plan = Plan(call.options, backend, head.logits_dtype, skips, chunk_size)
     results = sharded_linear_cross_entropy(head, call.rows, plan, exchange, reduce_hidden_grad)
     return call.returned(results)
-
-
-# What torch.compiler.disable sets; that imports all of Dynamo.
-vocab_parallel_cross_entropy._torchdynamo_disable = True
-vocab_parallel_linear_cross_entropy._torchdynamo_disable = True
 
 
 def _check(tensors, group, has_probabilities=None) -> None:
@@ -213,12 +209,6 @@ def _check(tensors, group, has_probabilities=None) -> None:
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         hint = ": pass mesh.get_group()" if hasattr(group, "get_group") else ""
         raise TypeError(f"group must be a ProcessGroup or None, got {type(group).__name__}{hint}")
-
-
-def _digest(rows) -> int:
-    """Of the targets: equal where they are, and hardly elsewhere."""
-
-    return zlib.crc32(rows.targets.long().cpu().contiguous().numpy().tobytes())
 
 
 def _needs(head: Head) -> bool:
