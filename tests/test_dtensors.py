@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import random_logits, random_targets, random_weight
-from ranks import on_ranks
+from ranks import CUDA, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -15,6 +15,7 @@ from fused_ce import (
 )
 
 DTYPE = torch.float64
+ON_HOST = ("cpu", CUDA)  # what placements mean does not depend on who computes
 PLACEMENTS = [Replicate(), Shard(2), Shard(-1), Shard(0), Shard(1)]
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -61,7 +62,7 @@ def leaves(*tensors):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("n_classes", [33, 2])  # of 2 the third rank has none
-@on_ranks(2, 3)
+@on_ranks(2, 3, backends=ON_HOST)
 def test_logits(here, placement, n_classes, options):
     mesh = mesh_of(here)
     logits = random_logits(3, 4, n_classes, dtype=DTYPE, device=here.device)
@@ -102,7 +103,7 @@ def test_everything_may_be_a_dtensor(here):
     (Shard(1), Replicate()),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", OPTIONS)
-@on_ranks(2, 3)
+@on_ranks(2, 3, backends=ON_HOST)
 def test_hidden_states(here, placements, options):
     mesh = mesh_of(here)
     head = [

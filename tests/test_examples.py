@@ -1,8 +1,11 @@
 """examples/ and README's loops: they run, learn, and no token counts more than another."""
 
 import copy
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +32,7 @@ def load(name, run_name="example"):
 
 def test_every_example_is_here():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {*LOOPS, "transformers_trainer"}
+    assert names == {*LOOPS, "transformers_trainer", "vocab_parallel_fsdp"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -39,6 +42,26 @@ def test_examples_run_and_learn(capsys, name):
     (last,) = re.findall(r"^\d+ steps: loss ([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.M)
     first, final = map(float, last)
     assert 4 < first < 4.5 and final < 0.25
+
+
+def test_a_mesh_of_data_and_vocabulary_learns_as_one_process():
+    """FSDP2 along one axis, the head's rows along the other."""
+    said = []
+    for n_processes in (1, 4):
+        result = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", str(n_processes), "examples/vocab_parallel_fsdp.py",
+            ],
+            cwd=ROOT, capture_output=True, text=True, timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        said.append(re.findall(r"^step (\d+): loss ([\d.]+)$", result.stdout, re.MULTILINE))
+        assert len(said[-1]) == 2, result.stderr
+    (_, first), (_, last) = said[0]
+    assert 4 < float(first) < 5 and float(last) < 0.1
+    for one, four in zip(*said, strict=True):
+        assert float(one[1]) == pytest.approx(float(four[1]), abs=5e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
