@@ -199,15 +199,24 @@ def _placement(name, tensor):
 
 def _check_head(hidden, linear_weight, linear_bias) -> None:
     """All of them DTensors, on one mesh, and the bias placed as the weight."""
-    for name, tensor in (("hidden", hidden), ("linear_weight", linear_weight)):
-        if not is_dtensor(tensor):
-            other = "linear_weight" if name == "hidden" else "hidden"
-            raise TypeError(
-                f"{name} must be a DTensor where {other} is one, got a plain tensor: pass "
-                "DTensor.from_local(..., [Replicate()]) of a whole one. A shard of FSDP looks like "
-                "one of the vocabulary, and is to be gathered first: full_tensor(), or inside of "
-                "the module's forward"
-            )
+    if not is_dtensor(hidden) and not is_dtensor(linear_weight):
+        raise TypeError(
+            "targets, weights and normalizer may be DTensors only where hidden and linear_weight "
+            "are, got plain ones: pass to_local() or full_tensor() of them"
+        )
+    if not is_dtensor(hidden):
+        raise TypeError(
+            "linear_weight must be a plain tensor beside plain hidden states, got a DTensor: a "
+            "shard of FSDP looks just like one of the vocabulary. Call the loss where the weight "
+            "is whole (inside the forward of an FSDP module, or under unshard()) or pass its "
+            "full_tensor(); for a vocabulary in shards pass hidden as a DTensor, Replicate() on "
+            "the same mesh"
+        )
+    if not is_dtensor(linear_weight):
+        raise TypeError(
+            "linear_weight must be a DTensor where hidden is one, got a plain tensor: pass "
+            "DTensor.from_local(linear_weight, mesh, [Replicate()])"
+        )
     mesh, weight_mesh = hidden.device_mesh, linear_weight.device_mesh
     if weight_mesh != mesh:
         raise ValueError(f"hidden on {mesh} needs linear_weight there, got {weight_mesh}")
