@@ -170,14 +170,16 @@ def strange_logits():
     rows[3] = LOW
     rows[4, 1:] = -torch.inf  # one class is left
     rows[5] += 1e4
-    rows[6] -= 1e4
     rows[7, :21] -= 1e4
     rows[8, 21:] += 1e4
     rows[9, 5] = rows[9, 25] = rows[9].max() + 1  # a tie across ranks
     rows[10, 7] = rows[10, 12] = rows[10].max() + 1
     rows[11] = 2.0
     rows[12, 0] = 80.0  # confident, and right
+    rows[13, :21], rows[13, 25] = -torch.inf, 3e38  # their maxima are further apart than numbers go
+    rows[6, :21], rows[6, 21:] = -torch.inf, LOW  # of equal maxima, as they are told
     targets = torch.cat([some_targets()] * 2)
+    targets[[6, 13]] = torch.tensor([22, 25])
     targets[[0, 1, 2, 4, 7, 8, 12]] = torch.tensor([25, 3, 30, 0, 3, 22, 0])
     targets[3], targets[9] = 4, 30
     return rows, targets
@@ -206,7 +208,7 @@ def test_extreme_rows(here, options):
         torch.testing.assert_close(value, right[name], msg=lambda m, n=name: f"{n}: {m}")
     if "predictions" in ours:
         assert ours["predictions"][9] == 5 and ours["predictions"][11] == 0
-        assert ours["predictions"][10] == 7
+        assert ours["predictions"][10] == 7 and ours["predictions"][6] == 21
 
 
 @pytest.mark.parametrize("value, at", [
