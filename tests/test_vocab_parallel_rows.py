@@ -106,6 +106,15 @@ def test_uneven_shards_of_three(here, sizes):
 
 
 @on_ranks(2)
+def test_a_shard_without_classes_has_no_maximum(here):
+    """Not 0, which the others' logits may be far below."""
+    logits = some_logits(device=here.device) - 1e4
+    mine = slice(0, N_CLASSES) if here.rank == 0 else slice(N_CLASSES, N_CLASSES)
+    targets = some_targets(device=here.device)
+    checked(here, logits, targets, mine=mine, reduction="none", return_stats=True)
+
+
+@on_ranks(2)
 def test_a_head_without_classes_is_refused(here):
     with pytest.raises(ValueError, match=r"linear_weight must hold \(V, 5\), got an empty"):
         vocab_parallel_linear_cross_entropy(
