@@ -119,7 +119,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         check_targets(gathered, rows, options, exchange.on_host)
         found, known = put_together(gathered, rows, options)
         weight = counted_weight(rows, known, found.losses.dtype)
-        losses = (found.losses * weight).masked_fill(known.ignored, 0.0)
+        losses = found.losses * weight  # both 0 in ignored rows
         divisor = divisor_of(rows, options, weight, known.weight)
         loss = losses
         if options.reduction != "none":
@@ -171,7 +171,12 @@ class ShardedCrossEntropy(torch.autograd.Function):
             else:
                 grad_loss = upstream_of_rows(grad_loss, grad_losses, weight, divisor)
                 grad_logits = _read_again(
-                    ctx, Upstream(grad_loss, grad_lse, grad_entropy), rows, finished, statistics
+                    ctx,
+                    Upstream(grad_loss, grad_lse, grad_entropy),
+                    rows,
+                    finished,
+                    statistics,
+                    kept,
                 )
         if grad_logits is not None and not ctx.is_grouped:
             grad_logits = grad_logits.squeeze(0)
@@ -203,15 +208,19 @@ def upstream_of_rows(grad_loss, grad_losses, weight, divisor) -> torch.Tensor | 
     return total * weight
 
 
-def _read_again(ctx, upstream, rows, finished, statistics):
+def _read_again(ctx, upstream, rows, finished, statistics, kept):
+    """The gradient of the logits; a finished one, which lacks the stats, gives its memory."""
     if rows.logits is None:
         raise RuntimeError(
             "a gradient through the stats reads the logits again, but inplace=True has overwritten "
             "them with their gradient: pass inplace=False, or grad_in_forward=False"
         )
     logits = rows.logits.detach()
-    in_place = ctx.options if finished is None else ctx.options._replace(inplace=False)
-    grad_logits = gradient_storage(logits, in_place)
+    if finished is None or kept:
+        grad_logits = gradient_storage(logits, ctx.options)
+    else:
+        grad_logits = finished
+        increment_version(finished)
     ctx.implementation.shard_gradient(
         upstream, rows._replace(logits=logits), tuple(statistics), ctx.options, ctx.shard,
         grad_logits,

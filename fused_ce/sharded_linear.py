@@ -154,7 +154,7 @@ class _Chunks:
             self.divisor = self._divisor()
         found, known = put_together(gathered, chunk.rows, options)
         weight = counted_weight(chunk.rows, known, found.losses.dtype)
-        losses = (found.losses * weight).masked_fill(known.ignored, 0.0)
+        losses = found.losses * weight  # both 0 in ignored rows
         self.found.append(
             dict(
                 losses=losses,
