@@ -268,10 +268,8 @@ def test_machine_code_for_sm_90():
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("target", [
-    pytest.param(name, marks=pytest.mark.slow if name != "sm_80" else ())
-    for name in codegen.TARGETS if name != "sm_90"
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [name for name in codegen.TARGETS if name != "sm_90"])
 def test_kernels_compile(target):
     reports = compiled(target, ONE_OF_EACH)
     assert {*STREAM, SMALL, PREPARE, TANGENTS} == {report["kernel"] for report in reports}

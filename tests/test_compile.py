@@ -24,10 +24,12 @@ V = 50
 OPTIONS = [
     pytest.param({}, id="plain"),
     pytest.param(dict(reduction="sum", inplace=True), id="inplace"),
-    pytest.param(dict(grad_in_forward=True, label_smoothing=0.1), id="in-forward"),
+    pytest.param(
+        dict(grad_in_forward=True, label_smoothing=0.1), id="in-forward", marks=pytest.mark.slow
+    ),
     pytest.param(dict(z_loss=0.1, softcap=3.0, logit_scale=0.5), id="softcap"),
     pytest.param(dict(return_stats=True, reduction="none"), id="stats"),
-    pytest.param(dict(normalizer=torch.tensor(5.0)), id="normalizer"),
+    pytest.param(dict(normalizer=torch.tensor(5.0)), id="normalizer", marks=pytest.mark.slow),
 ]
 
 
@@ -191,8 +193,9 @@ class TestCompile:
             found.append([loss, *torch.autograd.grad(loss, leaves)])
         torch.testing.assert_close(*found)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("layout", ["sliced", "misaligned", "channels-first", "expanded"])
-    @pytest.mark.parametrize("vocab_size", [pytest.param(V, marks=pytest.mark.slow), 1100])
+    @pytest.mark.parametrize("vocab_size", [V, 1100])
     def test_layouts(self, fused_device, layout, vocab_size):
         """Inductor trusts the strides that the fake gradient has."""
         dim = 1 if layout == "channels-first" else -1
@@ -343,7 +346,9 @@ def operands(device, dtype=torch.float32, vocab_size=7, probabilities=False, req
 
 
 class TestLibrary:
-    @pytest.mark.parametrize("name", ["row_losses", "row_gradients", "row_tangents"])
+    @pytest.mark.parametrize("name", [
+        "row_losses", "row_gradients", pytest.param("row_tangents", marks=pytest.mark.slow),
+    ])  # fmt: skip
     @pytest.mark.parametrize("probabilities", [False, True])
     def test_opcheck(self, fused_device, name, probabilities):
         given = operands(fused_device, probabilities=probabilities)[name]

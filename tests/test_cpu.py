@@ -180,8 +180,9 @@ def test_peak_memory_is_measured():
     assert peak_memory(lambda: torch.ones(1000) + torch.ones(1000)) >= 3 * 4000
 
 
-@pytest.mark.parametrize("options", [{}, dict(softcap=5.0, z_loss=0.1, return_stats=True)], ids=[
-    "plain", "all",
+@pytest.mark.parametrize("options", [
+    pytest.param({}, id="plain", marks=pytest.mark.slow),
+    pytest.param(dict(softcap=5.0, z_loss=0.1, return_stats=True), id="all"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("route, inplace, reduction, limit", [

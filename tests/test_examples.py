@@ -44,6 +44,7 @@ def test_examples_run_and_learn(capsys, name):
     assert 4 < first < 4.5 and final < 0.25
 
 
+@pytest.mark.slow
 def test_a_mesh_of_data_and_vocabulary_learns_as_one_process():
     """FSDP2 along one axis, the head's rows along the other."""
     said = []

@@ -24,7 +24,7 @@ STEPS = 100
 # The text has 28 characters: shards of 14 and 14, or of 10, 9 and 9.
 CASES = [
     pytest.param(2, {}, id="fused"),
-    pytest.param(2, {"loss": "linear", "n_layer": 0}, id="linear-bias"),
+    pytest.param(2, {"loss": "linear", "n_layer": 0}, id="linear-bias", marks=pytest.mark.slow),
     pytest.param(2, {"loss": "linear", "tie_weights": True, "grad_accum": 2}, id="linear-tied"),
     pytest.param(3, {"tie_weights": True, "inplace": True}, id="tied-inplace-uneven"),
 ]

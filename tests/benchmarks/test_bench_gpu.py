@@ -57,6 +57,7 @@ def test_default_parts_fit_the_time():
     assert list(gpu.PARTS)[:3] == ["ceilings", "headline", "tests"]
 
 
+@pytest.mark.slow
 def test_suite_runs_on_the_cpu(uncompiled, monkeypatch, tmp_path):
     losses = {name: make for name, make in training.LOSSES.items() if name != COMPILED}
     monkeypatch.setattr(training, "LOSSES", losses)
