@@ -25,9 +25,8 @@ class Products:
         self.hidden = hidden[targets != IGNORE_INDEX] if self.on_cpu else hidden
         self.n_rows = self.hidden.shape[0]
         dtype = DTYPES[case.dtype]
-        self.chunk_size = rows_at_once(
-            self.n_rows, case.vocab_size, dtype.itemsize, hidden.device.type
-        )
+        kind = hidden.device.type
+        self.chunk_size = rows_at_once(self.n_rows, case.vocab_size, dtype, kind)
         if self.on_cpu and dtype.itemsize == 2 and not machine.multiplies(dtype):
             dtype = torch.float32
             self.hidden, self.weight = self.hidden.to(dtype), self.weight.to(dtype)

@@ -78,7 +78,8 @@ def fused_linear_cross_entropy(
             so on a CPU; on a GPU, where it stops the host once to learn how many there are, it
             does not.
         chunk_size: rows of logits held at once; None chooses, see `linear_chunks.rows_at_once`: on
-            a CPU 512 to 1,024 (half in 16 bits), on a GPU 2,048 or as many as a GiB has room for.
+            a CPU 512 to 1,024 (half in 16 bits, or 2,048 where it multiplies them), on a GPU 2,048
+            or as many as a GiB has room for.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or the shape of `targets` for

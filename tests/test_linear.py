@@ -609,16 +609,21 @@ class TestAutocast:
 
 
 class TestMemory:
-    def test_what_is_chosen(self):
+    def test_what_is_chosen(self, monkeypatch):
         """A quarter of the logits on a CPU from 4,096 rows on; 2,048 rows or a GiB on a GPU."""
         for n_rows in (4096, 5000, 16384, 100_000):
-            for itemsize in (2, 4, 8):
-                assert rows_at_once(n_rows, 50257, itemsize, "cpu") <= n_rows / 8
-        assert rows_at_once(100, 50257, 4, "cpu") == 100
-        assert rows_at_once(0, 50257, 4, "cpu") == 1
-        assert rows_at_once(16384, 248_320, 2, "cuda") == 2048
-        assert 2048 <= rows_at_once(16384, 128_256, 2, "cuda") <= 2**30 / 128_256 / 2
-        assert rows_at_once(1000, 128_256, 2, "cuda") == 1000
+            for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                assert rows_at_once(n_rows, 50257, dtype, "cpu") <= n_rows / 8
+        assert rows_at_once(100, 50257, torch.float32, "cpu") == 100
+        assert rows_at_once(0, 50257, torch.float32, "cpu") == 1
+        for natively, rows in ((True, 2048), (False, 256)):
+            monkeypatch.setattr(machine, "multiplies", lambda _, natively=natively: natively)
+            assert rows_at_once(2048, 50257, torch.bfloat16, "cpu") == rows
+            assert rows_at_once(0, 50257, torch.bfloat16, "cpu") == 1
+        half = torch.bfloat16
+        assert rows_at_once(16384, 248_320, half, "cuda") == 2048
+        assert 2048 <= rows_at_once(16384, 128_256, half, "cuda") <= 2**30 / 128_256 / 2
+        assert rows_at_once(1000, 128_256, half, "cuda") == 1000
 
     @pytest.mark.parametrize("call, limit", [
         pytest.param({}, 0.25, id="chosen"),

@@ -155,7 +155,7 @@ def multiplications(products):
 
 @pytest.mark.parametrize("natively", [False, True], ids=["copied", "natively"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n_rows", [100, 900], ids=["one-chunk", "several-chunks"])
+@pytest.mark.parametrize("n_rows", [100, 3000], ids=["one-chunk", "several-chunks"])
 @pytest.mark.parametrize("ignored", [0.0, 0.3], ids=["all-rows", "ignored"])
 def test_the_ceiling_makes_the_products_of_ours_and_no_other(
     dtype, n_rows, ignored, natively, cpu, monkeypatch
@@ -172,7 +172,7 @@ def test_the_ceiling_makes_the_products_of_ours_and_no_other(
     else:  # ours may copy blocks of operands to float32 and multiply those
         assert multiplications(made_by_ours) == multiplications(made)
     n_chunks = -(-ceiling.n_rows // ceiling.chunk_size)
-    assert len(made) == 3 * n_chunks and (n_chunks > 1) == (n_rows == 900)
+    assert len(made) == 3 * n_chunks and (n_chunks > 1) == (n_rows == 3000)
 
 
 def test_on_a_gpu_the_ceiling_has_aligned_rows_and_sums_16_bits_in_32(monkeypatch):
@@ -255,7 +255,7 @@ def test_records_hold_what_is_promised(measured, case, tmp_path, about):
         assert record.fraction_of_products == pytest.approx(products.ms_median / record.ms_median)
         assert record.gb_per_s is None and record.fraction_of_clone is None
         assert 0 < record.loss_error < 1e-2 and 0 < record.error < 3e-2
-    assert tables.memory(found, OURS) < 1 < 2 < tables.memory(found, "torch")
+    assert tables.memory(found, OURS) < 1.5 < 2 < tables.memory(found, "torch")
     records.write(found.values(), tmp_path / "results.json")
     assert records.read(tmp_path / "results.json") == list(found.values())
 
