@@ -27,6 +27,22 @@ if INTERPRETED:
     patch_the_language_once()
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.thinned`: of a test's interpreted cases two thirds are slow.
+
+    They are sizes, dtypes and options of one kernel, which the other backends have all of.
+    """
+    seen = {}
+    for item in items:
+        if item.get_closest_marker("thinned") and "triton" in item.callspec.id.split("-"):
+            at = seen[item.originalname, item.path] = (
+                seen.get((item.originalname, item.path), -1) + 1
+            )
+            if at % 3:
+                item.add_marker("slow")
+
+
 def pytest_configure(config):
     # exp2 of a large negative number and the like: meant, and silent on a GPU
     for message in (

@@ -184,7 +184,9 @@ def test_peak_memory_is_measured():
     pytest.param({}, id="plain", marks=pytest.mark.slow),
     pytest.param(dict(softcap=5.0, z_loss=0.1, return_stats=True), id="all"),
 ])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [
+    torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("route, inplace, reduction, limit", [
     pytest.param(True, False, "mean", 1.1, id="in-forward"),
     pytest.param(False, False, "mean", 1.1, id="in-backward"),

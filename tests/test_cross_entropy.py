@@ -35,6 +35,7 @@ def a_batch(vocab_size, dtype=torch.float32, device="cpu", n_rows=6):
     return logits, targets
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -48,6 +49,7 @@ def test_loss_and_gradient_are_as_exact_as_torch(
     assert_as_exact_as_torch(logits, targets, **options, **everything(vocab_size, dtype, device))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("grad_in_forward", ROUTES)
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize(
@@ -109,6 +111,7 @@ def test_more_rows_than_one_program_holds(device, vocab_size):
     assert_as_exact_as_torch(logits, targets, ignore_index=3)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("position", range(20))
 def test_every_column_can_be_the_target(fused_device, position):
     """Edges, interior and tail of a row that is misaligned by one element more each time."""
@@ -401,6 +404,7 @@ class TestTargetsOutOfRange:
         logits = random_logits(3, 5)
         assert_as_exact_as_torch(logits, torch.tensor([1, 999, 4]), ignore_index=999)
 
+    @pytest.mark.thinned
     @pytest.mark.parametrize("vocab_size", VOCABS)
     @pytest.mark.parametrize("wrong", [*WRONG[1:], pytest.param("V", id="one-too-many")])
     @pytest.mark.parametrize("grad_in_forward", ROUTES)

@@ -15,6 +15,7 @@ from fused_ce import (
 )
 
 DTYPE = torch.float64
+TWO = pytest.param(2, marks=pytest.mark.slow)  # three have all that two have
 ON_HOST = ("cpu", CUDA)  # what placements mean does not depend on who computes
 PLACEMENTS = [Replicate(), Shard(2), Shard(-1), Shard(0), Shard(1)]
 OPTIONS = [
@@ -62,7 +63,7 @@ def leaves(*tensors):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("n_classes", [33, 2])  # of 2 the third rank has none
-@on_ranks(2, 3, backends=ON_HOST)
+@on_ranks(TWO, 3, backends=ON_HOST)
 def test_logits(here, placement, n_classes, options):
     mesh = mesh_of(here)
     logits = random_logits(3, 4, n_classes, dtype=DTYPE, device=here.device)
@@ -103,7 +104,7 @@ def test_everything_may_be_a_dtensor(here):
     (Shard(1), Replicate()),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", OPTIONS)
-@on_ranks(2, 3, backends=ON_HOST)
+@on_ranks(TWO, 3, backends=ON_HOST)
 def test_hidden_states(here, placements, options):
     mesh = mesh_of(here)
     head = [

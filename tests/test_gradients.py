@@ -138,6 +138,7 @@ class TestGraphs:
         ).backward()
         torch.testing.assert_close(leaf.grad, right.grad)
 
+    @pytest.mark.thinned
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
     def test_kept_graph_twice_with_other_upstreams(

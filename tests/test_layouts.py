@@ -94,6 +94,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "vocab_size, dtype",
@@ -111,6 +112,7 @@ def test_layouts_of_logits(device, layout, vocab_size, dtype):
     assert torch.equal(logits, before)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("vocab_size", VOCABS)
 def test_layouts_in_place(fused_device, layout, vocab_size):
@@ -153,6 +155,7 @@ def columns_alike(targets):
     return targets[:, :1].expand(targets.shape)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "layout", [contiguous, transposed, strided, misaligned, rows_alike, columns_alike]
 )
@@ -171,6 +174,7 @@ def test_layouts_of_targets(device, layout, logits_layout, vocab_size):
     assert torch.equal(targets, before)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("offset", [1, 3, 4, 7, 9])  # hypothesis has any: test_properties.py
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grad_in_forward", ROUTES)

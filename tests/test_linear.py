@@ -111,6 +111,7 @@ class TestAsTheReference:
     def test_options_on_the_kernels(self, interpreter, options):
         check_option(interpreter, options, "mean", 4, False)
 
+    @pytest.mark.thinned
     @pytest.mark.parametrize("vocab_size", VOCABS)
     @pytest.mark.parametrize("options", OPTIONS)
     @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -369,6 +370,7 @@ class TestAlignment:
 class TestNumbers:
     """Against whole logits in float64: not further away than F.linear + F.cross_entropy."""
 
+    @pytest.mark.thinned
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @pytest.mark.parametrize("chunk_size", [5, 16, None])

@@ -268,6 +268,7 @@ def operands(device, dtype=torch.float32, vocab_size=7, probabilities=False, mad
 
 
 class TestLibrary:
+    @pytest.mark.thinned
     @pytest.mark.parametrize("name", ["linear_losses", "linear_gradients"])
     @pytest.mark.parametrize("probabilities, made", [(False, True), (False, False), (True, False)])
     @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -80,6 +80,7 @@ def some_rows(sizes, dtype, device, n_rows=5):
     return logits, targets
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -140,6 +141,7 @@ def test_no_digits_are_lost_at_an_offset(fused_device, offset):
 INF, LOWEST = torch.inf, torch.finfo(torch.float32).min
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("row", [
     pytest.param([-INF, -INF, -INF, 1.0, 2.0, 0.5], id="a-shard-of-inf"),
     pytest.param([1.0, 2.0, 0.5, -INF, -INF, -INF], id="the-last-shard-of-inf"),

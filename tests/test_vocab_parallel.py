@@ -22,6 +22,7 @@ OPTIONS = {
         logit_scale=1.5, softcap=9.0, ignore_index=3,
     ),
 }  # fmt: skip
+TWO = pytest.param(2, marks=pytest.mark.slow)  # three have all that two have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -36,7 +37,7 @@ def routes(options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@on_ranks(2, 3, backends=["cpu", CUDA])
+@on_ranks(TWO, 3, backends=["cpu", CUDA])
 def test_as_one_device(here, options, dtype):
     for call in routes(options):
         compared(here, False, dtype, call)
@@ -44,7 +45,7 @@ def test_as_one_device(here, options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@on_ranks(2, 3, backends=["cpu", CUDA])
+@on_ranks(TWO, 3, backends=["cpu", CUDA])
 def test_linear_as_one_device(here, options, dtype):
     options = {name: value for name, value in options.items() if name != "inplace"}
     for number, call in enumerate(routes(options)):

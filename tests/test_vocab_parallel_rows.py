@@ -58,6 +58,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @on_ranks(3)
@@ -93,12 +94,14 @@ def compared_sizes(here, sizes):
         compared(here, True, torch.float64, options, sizes=sizes)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("sizes", [(1, 32), (32, 1), (0, 33), (33, 0)], ids=str)
 @on_ranks(2)
 def test_uneven_shards(here, sizes):
     compared_sizes(here, sizes)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("sizes", [(0, 32, 1), (31, 1, 1), (11, 11, 11), (0, 0, 33)], ids=str)
 @on_ranks(3)
 def test_uneven_shards_of_three(here, sizes):
@@ -122,6 +125,7 @@ def test_a_head_without_classes_is_refused(here):
         )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, LOW], ids=str)
 @on_ranks(2)
 def test_ignored_rows_may_hold_anything(here, value):
@@ -220,6 +224,7 @@ def test_extreme_rows(here, options):
         assert ours["predictions"][10] == 7 and ours["predictions"][6] == 21
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("value, at", [
     (torch.nan, (1, 2)), (torch.nan, (1, 30)), (torch.inf, (1, 2)), (torch.inf, (1, 30)),
     (-torch.inf, (1, slice(None))), (-torch.inf, (1, N_CLASSES - 1)),

@@ -25,7 +25,12 @@ STEPS = 100
 CASES = [
     pytest.param(2, {}, id="fused"),
     pytest.param(2, {"loss": "linear", "n_layer": 0}, id="linear-bias", marks=pytest.mark.slow),
-    pytest.param(2, {"loss": "linear", "tie_weights": True, "grad_accum": 2}, id="linear-tied"),
+    pytest.param(
+        2,
+        {"loss": "linear", "tie_weights": True, "grad_accum": 2},
+        id="linear-tied",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(3, {"tie_weights": True, "inplace": True}, id="tied-inplace-uneven"),
 ]
 

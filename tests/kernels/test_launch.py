@@ -112,6 +112,7 @@ class TestGuardBands:
         self.near(loss, out, self.right(values, targets, weight, options, upstream), dtype)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("held, unroll", [(1, 1), (4, 2), (8, 4)])
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
@@ -143,6 +144,7 @@ def test_held_and_streamed_tiles(
     assert worst(out[0], right) <= 4 * eps * abs(right).max()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("splits", [2, 3, 7])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted, smoothing", [
@@ -181,6 +183,7 @@ def test_split_rows(kernel_device, monkeypatch, splits, reduction, weighted, smo
 EVERYTHING = dict(label_smoothing=0.1, z_loss=0.02, logit_scale=0.7, softcap=6.0, return_stats=True)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("held, unroll", [(1, 1), (4, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
@@ -202,6 +205,7 @@ def test_held_and_streamed_tiles_with_every_option(kernel_device, monkeypatch, h
     )  # fmt: skip
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("splits", [2, 7])
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 @pytest.mark.parametrize("grad_in_forward", [True, False])
