@@ -65,7 +65,7 @@ class ShardedLinear(torch.autograd.Function):
             found = chunks.all_of_them()
             grads = chunks.gradients(reduces)
         ctx.shard = exchange.layout.shard
-        losses, unweighted, divisor = found["losses"], found["unweighted"], chunks.divisor
+        losses, divisor = found["losses"], chunks.divisor
         loss = losses
         if options.reduction != "none":
             loss = losses.sum() if divisor is None else losses.sum() / divisor
@@ -79,7 +79,6 @@ class ShardedLinear(torch.autograd.Function):
             *(found.get(name) for name in ("row_max", "row_sum", "share")),
             found["entropy"].clone() if "entropy" in found else None, *grads,
         )  # fmt: skip
-        del unweighted
         if not options.return_stats:
             return outputs[0]
         ctx.mark_non_differentiable(result.predictions)
