@@ -187,6 +187,9 @@ def _placement(name, tensor):
             f"{name} must lie on a mesh of one dimension, got {mesh.ndim} ({placements}): pass "
             "to_local() of the dimensions over which the loss is local, as a DTensor of the other"
         )
+    ranks = mesh.mesh.tolist()
+    if ranks != sorted(ranks):  # groups are sorted: PyTorch's own ways to cut then disagree
+        raise ValueError(f"{name} must lie on a mesh of ascending ranks, got {ranks}")
     (placement,) = placements
     if type(placement) is Replicate:
         return mesh, "replicate", None

@@ -208,7 +208,8 @@ def check_agreement(
     differing = [
         f"{name} {[of_rank.get(name) for of_rank in of_ranks]}"
         for name in names
-        if any(of_rank.get(name) != of_ranks[0].get(name) for of_rank in of_ranks)
+        # by what they look like: NaN is not NaN
+        if any(repr(of_rank.get(name)) != repr(of_ranks[0].get(name)) for of_rank in of_ranks)
     ]
     if differing:
         raise ValueError("ranks disagree, in rank order: " + "; ".join(differing))

@@ -31,12 +31,16 @@ def prepare_head(
     linear_bias: torch.Tensor | None,
     targets: torch.Tensor,
     logits_dtype: torch.dtype | None,
+    is_shard: bool = False,
 ) -> Head:
-    """Check what the host can see; cast to the dtype of autocast, where it is on."""
+    """Check what the host can see; cast to the dtype of autocast, where it is on.
+
+    A shard of a head may have no rows.
+    """
     # A jit trace would record what is asked of shapes.
     with jit_trace_paused() if torch.jit.is_tracing() else contextlib.nullcontext():
         _check_tensors(hidden, linear_weight, linear_bias, targets)
-        _check_shapes(hidden, linear_weight, linear_bias, targets)
+        _check_shapes(hidden, linear_weight, linear_bias, targets, is_shard)
     kind = hidden.device.type
     if is_autocast(kind):
         hidden, linear_weight, linear_bias = (
@@ -107,16 +111,17 @@ def _check_tensors(hidden, linear_weight, linear_bias, targets) -> None:
         raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
 
 
-def _check_shapes(hidden, linear_weight, linear_bias, targets) -> None:
+def _check_shapes(hidden, linear_weight, linear_bias, targets, is_shard) -> None:
     if hidden.dim() == 0:
         raise ValueError("hidden needs (..., H), got a 0-d tensor")
     n_features, got = hidden.shape[-1], tuple(linear_weight.shape)
-    if linear_weight.numel() == 0 and n_features > 0:
+    no_rows = is_shard and got[:1] == (0,)
+    if linear_weight.numel() == 0 and n_features > 0 and not no_rows:
         raise ValueError(
             f"linear_weight must hold (V, {n_features}), got an empty {got}: where its shards are "
             "gathered for a module only, as ZeRO-3 and FSDP do, call the loss inside its forward"
         )
-    if len(got) != 2 or got[1] != n_features or got[0] == 0:
+    if len(got) != 2 or got[1] != n_features or got[0] == 0 and not no_rows:
         hint = ""
         if len(got) == 2 and got[0] == n_features:
             hint = ": pass its transpose, as nn.Linear holds it"

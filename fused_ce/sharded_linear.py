@@ -190,6 +190,8 @@ class _Chunks:
         given = rows.normalizer is not None or options.normalizer is not None
         if rows.weight is None or given:
             return divisor_of(rows, options, weight, torch.ones_like(weight))
+        if rows.weight.shape[0] == 0:
+            return self.exchange.sum(weight.new_zeros(()))
         here = targets - self.exchange.layout.shard.first
         is_mine = (here >= 0) & (here < rows.weight.shape[0])
         of_mine = rows.weight.to(dtype)[here.where(is_mine, 0)].where(is_mine, 0.0)

@@ -53,7 +53,9 @@ def vocab_parallel_cross_entropy(
         ignore_index: as in `fused_cross_entropy`, as are the next two.
         reduction: "mean", "sum" or "none".
         label_smoothing: over the classes of all ranks.
-        dim: the class axis of `logits_shard`; None lets the shape of `targets` decide.
+        dim: the class axis of `logits_shard`; None lets the shape of `targets` decide. Pass it for
+            logits of more than two axes: a rank that happens to have as many classes as there are
+            tokens cannot tell, and raises while the others wait for it.
         sample_weight: the same on every rank, as are the next six; see `fused_cross_entropy`. Its
             gradient is whole on every rank: it is not to be summed over the group.
         normalizer: what "mean" divides by instead.
@@ -174,7 +176,9 @@ def vocab_parallel_linear_cross_entropy(
         ignore_index, reduction, label_smoothing, False, grad_in_forward, normalizer, z_loss,
         logit_scale, softcap, return_stats,
     )  # fmt: skip
-    head = prepare_head(hidden, linear_weight_shard, linear_bias_shard, targets, logits_dtype)
+    head = prepare_head(
+        hidden, linear_weight_shard, linear_bias_shard, targets, logits_dtype, is_shard=True
+    )
     call = prepare(head.stand_in(), targets, weight, sample_weight, -1, options)
     check_whole(head)
     check_memory(call.rows)

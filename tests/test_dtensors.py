@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import random_logits, random_targets, random_weight
 from ranks import CUDA, on_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fused_ce import (
@@ -178,6 +178,10 @@ def test_what_is_refused_is_named(here):
     with pytest.raises(TypeError, match="linear_bias must be a DTensor"):
         fused_linear_cross_entropy(
             placed(hidden, Replicate()), placed(weight, Shard(0)), targets, linear_bias=weight[:, 0]
+        )
+    with pytest.raises(ValueError, match=r"a mesh of ascending ranks, got \[1, 0\]"):
+        fused_cross_entropy(
+            distribute_tensor(logits, DeviceMesh(mesh.device_type, [1, 0]), [Shard(1)]), targets
         )
     mesh = init_device_mesh(mesh.device_type, (1, 2))
     with pytest.raises(ValueError, match="a mesh of one dimension, got 2"):

@@ -23,6 +23,7 @@ from sharded import (
 from fused_ce import (
     fused_cross_entropy,
     reference_cross_entropy,
+    reference_linear_cross_entropy,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
@@ -117,12 +118,32 @@ def test_a_shard_without_classes_has_no_maximum(here):
     checked(here, logits, targets, mine=mine, reduction="none", return_stats=True)
 
 
-@on_ranks(2)
-def test_a_head_without_classes_is_refused(here):
-    with pytest.raises(ValueError, match=r"linear_weight must hold \(V, 5\), got an empty"):
-        vocab_parallel_linear_cross_entropy(
-            torch.ones(N_ROWS, N_FEATURES), torch.ones(0, N_FEATURES), some_targets()
-        )
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@on_ranks(2, 3)
+def test_a_rank_without_a_row_of_the_head(here, reduction, weighted):
+    """As torch.chunk leaves the last, where there are few classes."""
+    hidden, head, bias = some_head(torch.float32, here.device)
+    targets = some_targets(device=here.device)
+    n_classes = len(head)
+    mine = slice(0, n_classes) if here.rank == 0 else slice(n_classes, n_classes)
+    weight = torch.linspace(0.5, 2.0, n_classes, device=here.device) if weighted else None
+    leaves = [leaf(hidden), leaf(head[mine]), leaf(bias[mine])]
+    whole = [leaf(hidden), leaf(head), leaf(bias)]
+    loss = vocab_parallel_linear_cross_entropy(
+        *leaves[:2], targets, linear_bias_shard=leaves[2], chunk_size=3, reduction=reduction,
+        weight=None if weight is None else weight[mine], label_smoothing=0.1,
+    )  # fmt: skip
+    right = reference_linear_cross_entropy(
+        *whole[:2], targets, linear_bias=whole[2], reduction=reduction, weight=weight,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, right)
+    loss.sum().backward()
+    right.sum().backward()
+    torch.testing.assert_close(leaves[0].grad, whole[0].grad)
+    for of_mine, of_all in zip(leaves[1:], whole[1:], strict=True):
+        torch.testing.assert_close(of_mine.grad, of_all.grad[mine])
 
 
 @pytest.mark.thinned
