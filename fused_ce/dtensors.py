@@ -145,7 +145,6 @@ class _BatchShard:
         divisor = None
         if options["reduction"] == "mean" and options["normalizer"] is None:
             divisor = divisor_of(options)
-            divisor = torch.as_tensor(divisor, device=mesh.device_type)
         if divisor is not None and divisor.requires_grad:  # sample_weight moves it
             result = local_loss(**options | dict(reduction="sum"))
             result, stats = result if options["return_stats"] else (result, None)
