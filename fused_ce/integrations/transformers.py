@@ -1,23 +1,27 @@
 """transformers: the loss of a causal language model, set for one model object and taken back."""
 
 import contextlib
-import inspect
 import threading
 import warnings
 from collections.abc import Iterator
-from types import CodeType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from fused_ce.cross_entropy import fused_cross_entropy
+from fused_ce.integrations.causal_lm import causal_lm, unwrapped
+from fused_ce.integrations.deferred import DeferredLogits
+from fused_ce.integrations.heads import check_head, forward_of, fuse, unfuse
+from fused_ce.linear_arguments import check_cutting
+from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
+from fused_ce.stats import CrossEntropyStats
 
 Model = TypeVar("Model", bound=nn.Module)
 CURRENT = "_loss_function"  # what the property PreTrainedModel.loss_function reads, if it is there
 BEFORE = "_loss_before_fused_ce"  # what was there: (), or a tuple of it alone
+SETTINGS = "_settings_of_fused_ce"  # the options of patch
 HOOKS = "_hooks_of_fused_ce"  # what tells of a forward that asks for another loss
 _calls = threading.local()  # of causal_lm_loss in this thread: replicas run in threads of their own
 
@@ -55,62 +59,108 @@ def causal_lm_loss(
         ValueError: there are no labels, or not one for each row of logits.
         TypeError, IndexError: as `fused_cross_entropy`.
     """
-    if not torch.compiler.is_compiling():
-        _calls.count = getattr(_calls, "count", 0) + 1
-    if shift_labels is None:
-        if labels is None:
-            raise ValueError("a loss needs labels or shift_labels, got None for both")
-        # shifted logits would mean a gradient of the slice, one more buffer of their size
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if vocab_size is None:
-        vocab_size = logits.shape[-1]
-    if shift_labels.numel() * vocab_size != logits.numel():
-        raise ValueError(
-            f"labels {tuple(shift_labels.shape)} with vocab_size={vocab_size} need a row of "
-            f"{vocab_size} logits each, got {tuple(logits.shape)}"
-        )
-    if logits.shape[-1] != vocab_size:
-        logits = logits.view(-1, vocab_size)
-    targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
-    return fused_cross_entropy(
-        logits,
-        targets,
-        ignore_index=ignore_index,
-        dim=-1,
-        normalizer=_normalizer(num_items_in_batch, logits.device),
+    return _loss(
+        NO_SETTINGS, logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
     )
 
 
-def patch(model: Model) -> Model:
+class Settings(NamedTuple):
+    """The options of `patch`."""
+
+    fuse_head: bool = False
+    logits_dtype: torch.dtype | None = None
+    skip_ignored: bool | None = None
+    return_stats: bool = False
+
+
+NO_SETTINGS = Settings()
+
+
+class CausalLMLoss:
+    """`causal_lm_loss` with options of `patch`, and what it has told last."""
+
+    def __init__(self, settings: Settings):
+        """Nothing told yet."""
+        self.settings = settings
+        self.stats: CrossEntropyStats | None = None
+
+    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100,
+                 shift_labels=None, **kwargs) -> torch.Tensor:  # fmt: skip
+        """As `causal_lm_loss`; the stats are kept."""
+        loss = _loss(
+            self.settings, logits, labels, vocab_size, num_items_in_batch, ignore_index,
+            shift_labels,
+        )  # fmt: skip
+        if self.settings.return_stats:
+            loss, self.stats = loss
+        return loss
+
+    def __getstate__(self) -> dict:
+        """A copy or a pickle has computed nothing yet; a part of a graph could not be copied."""
+        return {**vars(self), "stats": None}
+
+
+def patch(
+    model: Model,
+    *,
+    fuse_head: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    skip_ignored: bool | None = None,
+    return_stats: bool = False,
+) -> Model:
     """Let this one model compute its loss by `causal_lm_loss`, and no other model.
 
+    With `fuse_head=True` it does so from hidden states, by `fused_linear_cross_entropy`: a forward
+    with labels makes no logits, but `DeferredLogits`. Scales, a cap and slices of the token axis
+    that a model gives to its logits become options of the loss; whoever looks at them otherwise,
+    model or user, has them made then, with gradients, and the loss is that of those.
+
     A copy or a pickle of the patched model is patched as well; what `from_pretrained` loads is not.
-    Patching twice is harmless. The first forward with labels that computes its loss elsewhere, as
-    TRL's trainers let models do, warns: the patch has no effect there.
+    Patching again sets other options. The first forward with labels that computes its loss
+    elsewhere, as TRL's trainers let models do, warns: the patch has no effect there.
 
     Args:
         model: a causal language model of transformers whose forward calls `self.loss_function`; in
             `torch.compile`, `PeftModel`, `DataParallel`, `DistributedDataParallel` or the like too.
+        fuse_head: make no logits for the loss. The model's output embedding has to be an nn.Linear,
+            whole when the model computes its loss. A compiled model makes its logits.
+        logits_dtype: as in `fused_linear_cross_entropy`; torch.float32 keeps what a head of 16 bits
+            would round.
+        skip_ignored: as there: True leaves ignored labels out of the matrix products, on a GPU for
+            a synchronisation.
+        return_stats: leave the `CrossEntropyStats` of the last loss in `model.loss_stats`, (B, T),
+            of which entry t tells of the label after token t; gradients flow through them.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: the model has another loss, or computes it elsewhere.
+        TypeError: the model has another loss, or computes it elsewhere, or has a head that cannot
+            be fused; or an option has a wrong type.
+        ValueError: an option that needs `fuse_head=True` was given without it.
     """
-    inner = _causal_lm(model)
+    settings = Settings(fuse_head, logits_dtype, skip_ignored, return_stats)
+    _check(settings)
+    inner = causal_lm(model)
     if _is_patched(inner):
-        return model
+        if vars(inner)[SETTINGS] == settings:
+            return model
+        unpatch(inner)
+    if fuse_head:
+        check_head(inner)
     attributes = vars(inner)  # assigning raises where an nn.Module has been assigned before
     before = (attributes[CURRENT],) if CURRENT in attributes else ()
-    attributes[CURRENT] = causal_lm_loss
-    attributes[BEFORE] = before
-    if inner.loss_function is not causal_lm_loss:
+    has_options = settings._replace(fuse_head=False) != NO_SETTINGS
+    loss = CausalLMLoss(settings) if has_options else causal_lm_loss
+    attributes.update({CURRENT: loss, BEFORE: before, SETTINGS: settings})
+    if inner.loss_function is not loss:
         unpatch(inner)
         raise TypeError(
             f"need a model with the loss_function of PreTrainedModel, got {type(inner).__name__}, "
             "which has its own"
         )
+    if fuse_head or return_stats:
+        fuse(inner, defers=fuse_head)
     attributes[HOOKS] = (
         inner.register_forward_pre_hook(_before_forward, with_kwargs=True),
         inner.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
@@ -130,10 +180,12 @@ def unpatch(model: Model) -> Model:
     Raises:
         TypeError: it is no model of transformers.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     attributes = vars(inner)
     was_patched = _is_patched(inner)  # or somebody has set another loss since: that one stays
     before = attributes.pop(BEFORE, ())
+    if attributes.pop(SETTINGS, None) is not None:
+        unfuse(inner)
     for hook in attributes.pop(HOOKS, ()):
         hook.remove()
     if was_patched:
@@ -145,22 +197,74 @@ def unpatch(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model) -> Iterator[Model]:
+def patched(
+    model: Model,
+    *,
+    fuse_head: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    skip_ignored: bool | None = None,
+    return_stats: bool = False,
+) -> Iterator[Model]:
     """`patch` for the length of a `with`; a model that was patched before it still is afterwards.
 
     Args:
-        model: what `patch` takes.
+        model: what `patch` takes, and so are the options.
 
     Raises:
-        TypeError: as `patch`.
+        TypeError, ValueError: as `patch`.
     """
-    was_patched = _is_patched(_unwrapped(model))
-    patch(model)
+    inner = unwrapped(model)
+    before = vars(inner)[SETTINGS] if _is_patched(inner) else None
+    patch(
+        model, fuse_head=fuse_head, logits_dtype=logits_dtype, skip_ignored=skip_ignored,
+        return_stats=return_stats,
+    )  # fmt: skip
     try:
         yield model
     finally:
-        if not was_patched:
+        if before is None:
             unpatch(model)
+        else:
+            patch(model, **before._asdict())
+
+
+def _loss(
+    settings, logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
+):  # fmt: skip
+    """The loss of logits (B, T, V), made or deferred; with return_stats its stats (B, T) too."""
+    if not torch.compiler.is_compiling():
+        _calls.count = getattr(_calls, "count", 0) + 1
+    if shift_labels is None:
+        if labels is None:
+            raise ValueError("a loss needs labels or shift_labels, got None for both")
+        # shifted logits would mean a gradient of the slice, one more buffer of their size
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if vocab_size is None:
+        vocab_size = logits.shape[-1]
+    if shift_labels.numel() * vocab_size != logits.numel():
+        raise ValueError(
+            f"labels {tuple(shift_labels.shape)} with vocab_size={vocab_size} need a row of "
+            f"{vocab_size} logits each, got {tuple(logits.shape)}"
+        )
+    if logits.shape[-1] != vocab_size:
+        logits = logits.view(-1, vocab_size)
+    targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
+    options = dict(
+        ignore_index=ignore_index,
+        normalizer=_normalizer(num_items_in_batch, logits.device),
+        return_stats=settings.return_stats,
+    )
+    head = logits.for_loss() if isinstance(logits, DeferredLogits) else None
+    if head is None:
+        return fused_cross_entropy(logits, targets, dim=-1, **options)
+    origin, of_logits = head
+    hidden, weight, bias = origin.tensors
+    is_recorded = origin.is_recorded and torch.is_grad_enabled()
+    with origin.surroundings(), torch.set_grad_enabled(is_recorded):
+        return fused_linear_cross_entropy(
+            hidden, weight, targets, linear_bias=bias, logits_dtype=settings.logits_dtype,
+            skip_ignored=settings.skip_ignored, **of_logits, **options,
+        )  # fmt: skip
 
 
 def _normalizer(
@@ -184,17 +288,36 @@ def _normalizer(
     return num_items_in_batch
 
 
+def _check(settings: Settings) -> None:
+    for name in ("fuse_head", "return_stats"):
+        if not isinstance(getattr(settings, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(settings, name)!r}")
+    check_cutting(settings.skip_ignored, None)
+    if settings.logits_dtype is not None and not isinstance(settings.logits_dtype, torch.dtype):
+        raise TypeError(
+            f"logits_dtype must be a torch.dtype or None, got {settings.logits_dtype!r}"
+        )
+    for name in ("logits_dtype", "skip_ignored"):
+        if getattr(settings, name) is not None and not settings.fuse_head:
+            raise ValueError(f"{name} is for a loss without logits: it needs fuse_head=True")
+
+
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Note how often the loss has been called in this thread."""
-    if not torch.compiler.is_compiling():
-        _calls.before = [*getattr(_calls, "before", ()), getattr(_calls, "count", 0)]
+    if torch.compiler.is_compiling():
+        return
+    # The class says it too, but not where the forward of the object has been replaced.
+    due = forward_of(model, args, kwargs)
+    due.__enter__()
+    _calls.before = [*getattr(_calls, "before", ()), (getattr(_calls, "count", 0), due)]
 
 
 def _after_forward(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     """Warn once where labels were given and the loss was not called: somebody else computes it."""
     if torch.compiler.is_compiling() or not getattr(_calls, "before", ()):
         return
-    *_calls.before, before = _calls.before
+    *_calls.before, (before, due) = _calls.before
+    due.__exit__(None, None, None)
     labelled = kwargs.get("labels") is not None and output is not None  # None after an error
     compiled = hasattr(model.forward, "_torchdynamo_orig_callable")
     if not labelled or compiled or getattr(_calls, "count", 0) > before or not _is_patched(model):
@@ -210,65 +333,6 @@ def _after_forward(model: nn.Module, args: tuple, kwargs: dict, output: object) 
 
 
 def _is_patched(inner: PreTrainedModel) -> bool:
-    return BEFORE in vars(inner) and vars(inner).get(CURRENT) is causal_lm_loss
-
-
-def _unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers inside torch.compile, PEFT, data parallelism and the like."""
-    inner = model
-    while not isinstance(inner, PreTrainedModel):
-        outer = inner
-        if isinstance(getattr(outer, "_orig_mod", None), nn.Module):  # torch.compile
-            inner = outer._orig_mod
-        elif callable(getattr(outer, "get_base_model", None)):  # PEFT
-            inner = outer.get_base_model()
-        elif isinstance(getattr(outer, "module", None), nn.Module):  # data parallelism
-            inner = outer.module
-        if inner is outer:
-            raise TypeError(
-                f"need a causal language model of transformers, got {type(model).__name__}"
-            )
-    return inner
-
-
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The model inside, if the loss of its class is that of a causal language model."""
-    inner = _unwrapped(model)
-    name = type(inner).__name__
-    if not _forward_reads(type(inner), "loss_function"):
-        raise TypeError(
-            f"need a model whose forward calls self.loss_function, got {name}, which computes its "
-            "loss elsewhere or has none"
-        )
-    loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None), ForCausalLMLoss)
-    if loss not in (ForCausalLMLoss, LOSS_MAPPING["ForCausalLM"]):
-        raise TypeError(
-            f"need a model whose loss is {ForCausalLMLoss.__name__}, got {name}, whose loss is "
-            f"{loss.__name__}"
-        )
-    return inner
-
-
-def _forward_reads(cls: type, attribute: str) -> bool:
-    """Whether forward names an attribute: itself, in methods that it calls, or by super."""
-    pending, seen = ["forward"], set()
-    while pending:
-        method = pending.pop()
-        seen.add(method)
-        for owner in cls.__mro__:
-            code = getattr(inspect.unwrap(vars(owner).get(method)), "__code__", None)
-            if code is None:
-                continue
-            names = _names(code)
-            if attribute in names:
-                return True
-            pending += names - seen
-            if "super" not in names:
-                break
-    return False
-
-
-def _names(code: CodeType) -> set[str]:
-    """The attributes and globals that a function reads, those of the functions in it included."""
-    inside = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
-    return set(code.co_names).union(*inside)
+    current = vars(inner).get(CURRENT)
+    is_ours = current is causal_lm_loss or isinstance(current, CausalLMLoss)
+    return BEFORE in vars(inner) and is_ours

@@ -1,0 +1,387 @@
+"""Logits that nobody has made yet: what a head returns while a loss is due."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from fused_ce.tracing import is_autocast
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+Function = Callable[..., Any]
+
+
+class Fate:
+    """What became of a call of a head, which all its deferred logits share."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.is_taken = False  # by a loss, which leaves no gradient of logits to look at
+        self.hooks: list[Function] = []  # for the gradient of the logits, should it be made
+
+
+class Origin:
+    """A call of a head: hidden (..., H), weight (V, H), bias (V,) or None, and when it was."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        """The call of just now."""
+        self.tensors = hidden, weight, bias
+        self.versions = [_version(tensor) for tensor in self.tensors]
+        self.fate = Fate()
+        self.is_recorded = torch.is_grad_enabled()
+        self.device_type = kind = hidden.device.type
+        self.autocast_dtype = torch.get_autocast_dtype(kind) if is_autocast(kind) else None
+
+    def dtype(self) -> torch.dtype:
+        """That of the head's output."""
+        hidden = self.tensors[0]
+        is_cast = self.autocast_dtype is not None and hidden.dtype != torch.float64
+        return self.autocast_dtype if is_cast else hidden.dtype
+
+    def surroundings(self) -> contextlib.AbstractContextManager:
+        """Autocast as it was when the head was called."""
+        if not torch.amp.is_autocast_available(self.device_type):
+            return contextlib.nullcontext()
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=enabled)
+
+    def of(self, hidden: torch.Tensor) -> "Origin":
+        """The same call for hidden states of it: some rows, or all in another shape."""
+        some = object.__new__(Origin)
+        vars(some).update(vars(self))
+        some.tensors = hidden, *self.tensors[1:]
+        some.versions = [_version(hidden), *self.versions[1:]]
+        return some
+
+    def check(self) -> None:
+        """Raise RuntimeError where the logits that were meant cannot be made any more."""
+        names = "hidden states", "head's weight", "head's bias"
+        for name, tensor, version in zip(names, self.tensors, self.versions, strict=True):
+            if tensor is None:
+                continue
+            if tensor.numel() and not _has_memory(tensor):
+                change = "of which the memory has been freed since, as FSDP does after a forward"
+            elif _version(tensor) != version:
+                change = "which have been changed since, by an optimizer's step say"
+            else:
+                continue
+            raise RuntimeError(
+                f"logits that fuse_head=True has left out cannot be made of the {name}, {change}: "
+                "look at logits before that, or unpatch the model"
+            )
+
+
+class Recipe(NamedTuple):
+    """`gain * tanh(scale * x)` of the head's output x where it is capped, otherwise `scale * x`."""
+
+    scale: float = 1.0
+    is_capped: bool = False
+    gain: float = 1.0
+
+    def times(self, factor: float) -> "Recipe":
+        """Multiplied by a number."""
+        if self.is_capped:
+            return self._replace(gain=self.gain * factor)
+        return self._replace(scale=self.scale * factor)
+
+    def options(self) -> dict[str, float | None] | None:
+        """`logit_scale` and `softcap` of the loss; None where it has none such."""
+        scale = self.scale * self.gain
+        if not (math.isfinite(scale) and math.isfinite(self.gain) and self.gain > 0.0):
+            return None
+        return dict(logit_scale=scale, softcap=self.gain if self.is_capped else None)
+
+
+class DeferredLogits(torch.Tensor):
+    """Logits (..., V) as a tensor of which shape, dtype and device are there, and values on demand.
+
+    It remembers what models do to logits before their loss: scales, a cap, float32, rows. Whatever
+    else is done to it happens to the real logits, made at that moment, once, with gradients.
+    """
+
+    _origin: Origin
+    _steps: tuple[Step, ...]  # from the head's output to these logits
+    _recipe: Recipe  # the same as options of the loss
+    _viewed: "DeferredLogits | None"  # of which it is a view
+    _view: Step | None
+    _real: torch.Tensor | None
+
+    @staticmethod
+    def of(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> "DeferredLogits":
+        """What `F.linear(hidden, weight, bias)` would return."""
+        origin = Origin(hidden, weight, bias)
+        return _deferred(origin, (), Recipe(), origin.dtype())
+
+    def is_made(self) -> bool:
+        """Whether somebody has looked: then the real ones count, which may have been changed."""
+        return self._real is not None or (self._viewed is not None and self._viewed.is_made())
+
+    def is_pending(self) -> bool:
+        """Whether more can be remembered.
+
+        Not in the forward of a Function, say, whose result is no longer what it seems.
+        """
+        return not self.is_made() and self._origin.is_recorded == torch.is_grad_enabled()
+
+    def made(self) -> torch.Tensor:
+        """The real logits."""
+        if self._real is None and self._viewed is not None:
+            self._real = self._view(self._viewed.made())
+        elif self._real is None:
+            self._origin.check()
+            with torch.set_grad_enabled(self._origin.is_recorded):
+                self._real = _made(*self._origin.tensors, self._origin, self._steps)
+            if self._real.requires_grad:
+                for hook in self._origin.fate.hooks:
+                    self._real.register_hook(hook)
+        return self._real
+
+    def for_loss(self) -> tuple[Origin, dict[str, float | None]] | None:
+        """A call of a head and options for the loss of it; None: take the real logits."""
+        options = self._recipe.options()
+        if options is None or self.is_made():
+            return None
+        self._origin.check()
+        self._origin.fate.is_taken = True
+        return self._origin, options
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Answer what is known, remember what can be, and make the logits for all else."""
+        kwargs = kwargs or {}
+        if func in KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in REMEMBERED and isinstance(args[0], DeferredLogits) and args[0].is_pending():
+            result = REMEMBERED[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.made, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Below autograd, where collectives and functions of others arrive: the values."""
+        args, kwargs = tree_map_only(
+            DeferredLogits, lambda logits: logits.made().detach(), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+class _Defer(torch.autograd.Function):
+    """Their place in the graph, for those who go around `__torch_function__`: other Functions."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, origin, steps, kind):
+        """A tensor without values."""
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.origin, ctx.steps = origin.of(hidden), steps
+        ctx.origin.tensors = ()
+        return _without_values(*kind)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Through the real logits, once more."""
+        with torch.enable_grad():
+            # Gradients end at a view, however else the tensors hang together: tied weights do.
+            tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            logits = _made(*tensors, ctx.origin, ctx.steps)
+        needs = ctx.needs_input_grad[:3]
+        wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
+        is_differentiable = torch.is_grad_enabled()
+        grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=is_differentiable))
+        return *(next(grads) if needed else None for needed in needs), None, None, None
+
+
+def _made(hidden, weight, bias, origin: Origin, steps: tuple[Step, ...]) -> torch.Tensor:
+    with origin.surroundings():
+        logits = nn.functional.linear(hidden, weight, bias)
+    for step in steps:
+        logits = step(logits)
+    return logits
+
+
+def _deferred(origin, steps, recipe, dtype, base=None, view=None) -> DeferredLogits:
+    hidden, weight, _ = origin.tensors
+    shape = *hidden.shape[:-1], weight.shape[0]
+    strides = torch.empty(shape, device="meta").stride()
+    if base is not None:
+        strides = view(torch.empty_strided(base.shape, base.stride(), device="meta")).stride()
+    kind = shape, strides, dtype, hidden.device
+    if origin.is_recorded:
+        logits = _Defer.apply(*origin.tensors, origin, steps, kind)
+    else:
+        logits = _without_values(*kind)
+    logits._origin, logits._steps, logits._recipe = origin, steps, recipe
+    logits._viewed, logits._view, logits._real = base, view, None
+    return logits
+
+
+def _without_values(shape, strides, dtype, device) -> DeferredLogits:
+    return torch.Tensor._make_wrapper_subclass(
+        DeferredLogits, shape, strides=strides, dtype=dtype, device=device
+    )
+
+
+def _version(tensor: torch.Tensor | None) -> int | None:
+    """What changes with each change in place; inference mode does not count."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "meta" or tensor.untyped_storage().nbytes() > 0
+
+
+# --- what is remembered ---
+
+
+def _after(logits: DeferredLogits, step: Step, recipe: Recipe, dtype: torch.dtype | None = None):
+    """Logits of their own, after one step more."""
+    origin = logits._origin.of(logits._origin.tensors[0])
+    return _deferred(origin, (*logits._steps, step), recipe, dtype or logits.dtype)
+
+
+def _scaled(logits, factor, step, recipe):
+    is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if not is_number or not math.isfinite(factor) or factor == 0.0:
+        return NotImplemented
+    return _after(logits, step, recipe(float(factor)))
+
+
+def _multiplied(logits, factor):
+    return _scaled(logits, factor, lambda x: x * factor, logits._recipe.times)
+
+
+def _divided(logits, divisor):
+    return _scaled(logits, divisor, lambda x: x / divisor, lambda d: logits._recipe.times(1.0 / d))
+
+
+def _tanh(logits):
+    if logits._recipe.is_capped:
+        return NotImplemented
+    return _after(logits, torch.tanh, logits._recipe._replace(is_capped=True))
+
+
+def _float(logits, *, memory_format=torch.preserve_format):
+    return _to(logits, torch.float32, memory_format=memory_format)
+
+
+def _to(logits, *args, copy=False, **kwargs):
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except (TypeError, RuntimeError):  # a tensor, whose dtype and device are meant
+        return NotImplemented
+    is_plain = memory_format in (None, torch.preserve_format) and not copy
+    if not is_plain or device not in (None, logits.device):
+        return NotImplemented
+    if dtype in (None, logits.dtype):
+        return logits
+    if dtype != torch.float32 or logits.dtype.itemsize > 2:  # what rounds is not remembered
+        return NotImplemented
+    return _after(logits, torch.Tensor.float, logits._recipe, dtype)
+
+
+def _contiguous(logits, *, memory_format=torch.contiguous_format):
+    if memory_format != torch.contiguous_format:
+        return NotImplemented
+    if logits.is_contiguous():
+        return logits
+    return _after(logits, torch.Tensor.contiguous, logits._recipe)
+
+
+def _seen_as(logits, view: Step, is_copy: bool):
+    """Some rows, or other axes before the last: a view, or logits of their own."""
+    origin = logits._origin.of(view(logits._origin.tensors[0]))
+    if is_copy:
+        return _deferred(origin, logits._steps, logits._recipe, logits.dtype)
+    return _deferred(origin, logits._steps, logits._recipe, logits.dtype, logits, view)
+
+
+def _indexed(logits, index):
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(map(_is_index, index)) or not _keeps_classes(index, logits.dim()):
+        return NotImplemented
+    is_copy = any(isinstance(part, torch.Tensor) for part in index)
+    return _seen_as(logits, lambda tensor: tensor[index], is_copy)
+
+
+def _is_index(part) -> bool:
+    if isinstance(part, torch.Tensor):
+        return part.dim() > 0 and part.dtype in (torch.bool, torch.int32, torch.int64)
+    return part is None or part is Ellipsis or type(part) in (int, slice)
+
+
+def _keeps_classes(index: tuple, n_axes: int) -> bool:
+    """Whether the last axis stays the last, and whole."""
+    places = [place for place, part in enumerate(index) if part is Ellipsis]
+    if places:
+        after = index[places[0] + 1 :]
+        return not after or _is_whole(after[-1]) and all(part is not None for part in after)
+    n_indexed = sum(part.dim() if _is_mask(part) else part is not None for part in index)
+    return n_indexed < n_axes or (n_indexed == n_axes and _is_whole(index[-1]))
+
+
+def _is_whole(part) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
+def _is_mask(part) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype == torch.bool
+
+
+def _reshaped(logits, *shape):
+    if len(shape) == 1 and not isinstance(shape[0], int):
+        (shape,) = shape
+    if isinstance(shape, torch.dtype) or not logits.is_contiguous():
+        return NotImplemented
+    meta = torch.empty(logits.shape, device="meta").view(shape)
+    if meta.dim() == 0 or meta.shape[-1] != logits.shape[-1]:
+        return NotImplemented
+    rows = meta.shape[:-1]
+    return _seen_as(logits, lambda tensor: tensor.reshape(*rows, tensor.shape[-1]), False)
+
+
+def _hooked(logits, hook):
+    """A hook for the gradient of the logits, which a loss that has taken them does not make."""
+    owner = getattr(hook, "func", hook)
+    if str(getattr(owner, "__module__", "")).startswith("torch.distributed."):
+        logits._origin.fate.hooks.append(hook)  # FSDP waits for any gradient; the loss has one
+        with torch._C.DisableTorchFunctionSubclass():
+            return logits.register_hook(hook)
+    return _no_gradient(logits)
+
+
+def _no_gradient(logits):
+    if not logits._origin.fate.is_taken:
+        return NotImplemented
+    raise RuntimeError(
+        "the loss was computed without logits (fuse_head=True), so there is no gradient of them "
+        "to look at: unpatch the model for that"
+    )
+
+
+T = torch.Tensor
+REMEMBERED: dict[Function, Function] = {
+    **dict.fromkeys((torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply),
+                    _multiplied),
+    **dict.fromkeys((torch.div, T.div, T.__truediv__, torch.true_divide, T.true_divide), _divided),
+    **dict.fromkeys((torch.tanh, T.tanh, nn.functional.tanh), _tanh),
+    **dict.fromkeys((torch.reshape, T.reshape, T.view), _reshaped),
+    T.float: _float, T.to: _to, T.contiguous: _contiguous, T.__getitem__: _indexed,
+    T.register_hook: _hooked, T.retain_grad: _no_gradient,
+}  # fmt: skip
+_ATTRIBUTES = """shape dtype device ndim layout requires_grad is_leaf grad_fn grad is_cuda is_cpu
+    is_meta is_mps is_xpu is_sparse is_sparse_csr is_quantized is_nested is_mkldnn itemsize nbytes
+    names output_nr""".split()
+_METHODS = """size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex
+    is_signed is_inference element_size get_device __len__ __hash__ dim_order""".split()
+# What is known of logits without their values.
+KNOWN: set[Function] = {getattr(T, name).__get__ for name in _ATTRIBUTES if hasattr(T, name)}
+KNOWN |= {getattr(T, name) for name in _METHODS}
+KNOWN |= {torch.numel, torch.is_floating_point, torch.is_complex}

@@ -1,0 +1,177 @@
+"""Heads that defer their logits while a loss is due, and the models that say when it is."""
+
+import contextlib
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fused_ce.integrations.deferred import DeferredLogits
+from fused_ce.tracing import is_transformed
+
+_here = threading.local()  # replicas of DataParallel run in threads of their own
+PLAIN = (torch.Tensor, nn.Parameter)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextlib.contextmanager
+def loss_due(is_due: bool) -> Iterator[None]:
+    """In this thread heads defer their logits, or do not."""
+    before = getattr(_here, "is_due", False)
+    _here.is_due = is_due
+    try:
+        yield
+    finally:
+        _here.is_due = before
+
+
+class DeferringLinear(nn.Linear):
+    """nn.Linear, but for what it returns while a loss is due: `DeferredLogits`."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) to logits (..., V), made or deferred."""
+        if torch.compiler.is_compiling() or not getattr(_here, "is_due", False):
+            return super().forward(hidden)
+        weight, bias = self.weight, self.bias
+        if not _can_be_deferred(hidden, weight, bias):
+            return super().forward(hidden)
+        return DeferredLogits.of(hidden, weight, bias)
+
+    def _get_name(self) -> str:
+        return "Linear"  # in what print(model) shows
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise TypeError where logits cannot be deferred; warn where they are made all the same."""
+    head, name = model.get_output_embeddings(), type(model).__name__
+    if head is None:
+        raise TypeError(
+            f"fuse_head=True needs a model with an output embedding, got {name}, of which "
+            "get_output_embeddings() is None"
+        )
+    layers = _layers(head)
+    if not layers or not all(type(layer) in (nn.Linear, DeferringLinear) for layer in layers):
+        raise TypeError(
+            f"fuse_head=True needs an output embedding that is an nn.Linear, got "
+            f"{type(head).__name__} in {name}: leave fuse_head out"
+        )
+    reason = None
+    if isinstance(getattr(head, "base_layer", None), nn.Module):
+        reason = f"is a {type(head).__module__}.{type(head).__name__}, which adds to its logits"
+    elif any("forward" in vars(layer) for layer in layers):
+        reason = "has a forward of its own, which device maps give it say"
+    if reason is not None:
+        warnings.warn(
+            f"the output embedding of {name} {reason}: they are made, as without fuse_head",
+            stacklevel=3,
+        )
+
+
+def _layers(head: nn.Module | None) -> list[nn.Module]:
+    """What computes logits in an output embedding: itself, or what PEFT has put into a module.
+
+    LoRA adds to its output, which makes the real logits; a copy that is trained instead defers.
+    """
+    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
+        return [layer for copy in head.modules_to_save.values() for layer in _layers(copy)]
+    while isinstance(getattr(head, "base_layer", None), nn.Module):
+        head = head.base_layer
+    return [] if head is None else [head]
+
+
+def _can_be_deferred(hidden, weight, bias) -> bool:
+    """Whether they are plain tensors of which F.linear would make logits."""
+    tensors = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    if not all(type(tensor) in PLAIN for tensor in tensors) or is_transformed(tensors):
+        return False  # DTensors, quantised weights, torch.func: they know what to do
+    if torch.jit.is_tracing() or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
+        return False
+    kind = hidden.device.type
+    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    allowed = DTYPES if is_cast else (hidden.dtype,)
+    return hidden.dtype in DTYPES and all(
+        tensor.dtype in allowed and tensor.device == hidden.device for tensor in tensors
+    )
+
+
+# --- models ---
+
+FUSES = "_fuses_its_head"  # in a model's attributes: its head defers
+
+
+def fuse(model: nn.Module, defers: bool) -> None:
+    """Give the model its `fusing_class`; its head defers, or not."""
+    vars(model)[FUSES] = defers
+    if not hasattr(type(model), "is_fusing_class_of"):
+        model.__class__ = fusing_class(type(model))
+
+
+def unfuse(model: nn.Module) -> None:
+    """The model and its head as they were; a class that FSDP has made of ours stays, and rests."""
+    vars(model).pop(FUSES, None)
+    cls = vars(type(model)).get("is_fusing_class_of")
+    if cls is not None:
+        model.__class__ = cls
+    for layer in _layers(model.get_output_embeddings()):
+        if type(layer) is DeferringLinear:
+            layer.__class__ = nn.Linear
+
+
+@contextlib.contextmanager
+def forward_of(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
+    """While the forward of such a model runs, a loss is due if it was given labels."""
+    if torch.compiler.is_compiling() or not vars(model).get(FUSES):
+        yield
+        return
+    given = {**dict(zip(_names_of_arguments(type(model)), args, strict=False)), **kwargs}
+    is_due = any(given.get(name) is not None for name in ("labels", "shift_labels"))
+    for layer in _layers(model.get_output_embeddings()) if is_due else ():
+        if type(layer) is nn.Linear:  # at each forward: it may be another than it was
+            layer.__class__ = DeferringLinear
+    with loss_due(is_due):
+        yield
+
+
+@functools.cache
+def fusing_class(cls: type) -> type:
+    """A class that is `cls`, but for what is known of its forward and of its last loss.
+
+    A hook would not see the calls of `model.forward` that PEFT makes.
+    """
+
+    def forward(self, *args, **kwargs):
+        with forward_of(self, args, kwargs):
+            return cls.forward(self, *args, **kwargs)
+
+    # Not by functools.wraps: Accelerate unwraps a forward for as long as it has a __wrapped__.
+    forward.__signature__ = inspect.signature(cls.forward)
+    forward.__doc__, forward.__qualname__ = cls.forward.__doc__, cls.forward.__qualname__
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super(same, self).__reduce_ex__(protocol)
+        return _new, (cls,), *state  # the name in the module is that of `cls`
+
+    def loss_stats(self):
+        return getattr(vars(self).get("_loss_function"), "stats", None)
+
+    names = dict(
+        forward=forward, __reduce_ex__=__reduce_ex__, loss_stats=property(loss_stats),
+        __module__=cls.__module__, __qualname__=cls.__qualname__, __doc__=cls.__doc__,
+        is_fusing_class_of=cls,
+    )  # fmt: skip
+    same = type(cls.__name__, (cls,), names)
+    return same
+
+
+def _new(cls: type) -> nn.Module:
+    same = fusing_class(cls)
+    return same.__new__(same)
+
+
+@functools.cache
+def _names_of_arguments(cls: type) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]
