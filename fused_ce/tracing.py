@@ -47,6 +47,20 @@ def jit_trace_paused() -> Iterator[None]:
         torch._C._set_tracing_state(state)
 
 
+@contextlib.contextmanager
+def saved_tensors_hooks_paused() -> Iterator[None]:
+    """What autograd saves in the `with` is not for the hooks around it."""
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for such devices; of some, "meta" say, PyTorch raises if asked."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fused_ce.tracing import is_autocast
+from fused_ce.tracing import is_autocast, saved_tensors_hooks_paused
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 Function = Callable[..., Any]
@@ -51,6 +51,7 @@ class Origin:
 
     def of(self, hidden: torch.Tensor) -> "Origin":
         """The same call for hidden states of it: some rows, or all in another shape."""
+        self.check()
         some = object.__new__(Origin)
         vars(some).update(vars(self))
         some.tensors = hidden, *self.tensors[1:]
@@ -58,21 +59,23 @@ class Origin:
         return some
 
     def check(self) -> None:
-        """Raise RuntimeError where the logits that were meant cannot be made any more."""
+        """Raise where the logits that were meant cannot be made any more."""
         names = "hidden states", "head's weight", "head's bias"
         for name, tensor, version in zip(names, self.tensors, self.versions, strict=True):
             if tensor is None:
                 continue
-            if tensor.numel() and not _has_memory(tensor):
-                change = "of which the memory has been freed since, as FSDP does after a forward"
-            elif _version(tensor) != version:
-                change = "which have been changed since, by an optimizer's step say"
-            else:
-                continue
-            raise RuntimeError(
-                f"logits that fuse_head=True has left out cannot be made of the {name}, {change}: "
-                "look at logits before that, or unpatch the model"
-            )
+            if is_emptied(tensor):
+                raise ValueError(
+                    f"logits that fuse_head=True has left out need the {name} whole, but it has "
+                    "been emptied since, as FSDP and ZeRO-3 do where a module's forward ends: "
+                    "shard the head with the root module, or leave fuse_head out"
+                )
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"logits that fuse_head=True has left out cannot be made any more: the {name} "
+                    "changed since, in an optimizer's step say; look at them before, or leave "
+                    "fuse_head out"
+                )
 
 
 class Recipe(NamedTuple):
@@ -135,7 +138,8 @@ class DeferredLogits(torch.Tensor):
             self._real = self._view(self._viewed.made())
         elif self._real is None:
             self._origin.check()
-            with torch.set_grad_enabled(self._origin.is_recorded):
+            # A checkpoint counts what is saved, and would find these saved the first time only.
+            with torch.set_grad_enabled(self._origin.is_recorded), saved_tensors_hooks_paused():
                 self._real = _made(*self._origin.tensors, self._origin, self._steps)
             if self._real.requires_grad:
                 for hook in self._origin.fate.hooks:
@@ -234,8 +238,10 @@ def _version(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "meta" or tensor.untyped_storage().nbytes() > 0
+def is_emptied(tensor: torch.Tensor) -> bool:
+    """Without the memory of its elements, as FSDP leaves parameters, or elements, as ZeRO-3."""
+    has_no_memory = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    return has_no_memory or tensor.shape == (0,)
 
 
 # --- what is remembered ---
@@ -258,7 +264,9 @@ def _multiplied(logits, factor):
     return _scaled(logits, factor, lambda x: x * factor, logits._recipe.times)
 
 
-def _divided(logits, divisor):
+def _divided(logits, divisor, *, rounding_mode=None):
+    if rounding_mode is not None:
+        return NotImplemented
     return _scaled(logits, divisor, lambda x: x / divisor, lambda d: logits._recipe.times(1.0 / d))
 
 

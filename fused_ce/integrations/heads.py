@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fused_ce.integrations.deferred import DeferredLogits
+from fused_ce.integrations.deferred import DeferredLogits, is_emptied
 from fused_ce.tracing import is_transformed
 
 _here = threading.local()  # replicas of DataParallel run in threads of their own
@@ -37,7 +37,8 @@ class DeferringLinear(nn.Linear):
         if torch.compiler.is_compiling() or not getattr(_here, "is_due", False):
             return super().forward(hidden)
         weight, bias = self.weight, self.bias
-        if not _can_be_deferred(hidden, weight, bias):
+        # What FSDP has derived of this class holds the weight for this call only.
+        if type(self) is not DeferringLinear or not _can_be_deferred(hidden, weight, bias):
             return super().forward(hidden)
         return DeferredLogits.of(hidden, weight, bias)
 
@@ -88,6 +89,12 @@ def _can_be_deferred(hidden, weight, bias) -> bool:
     tensors = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     if not all(type(tensor) in PLAIN for tensor in tensors) or is_transformed(tensors):
         return False  # DTensors, quantised weights, torch.func: they know what to do
+    if is_emptied(weight):
+        raise ValueError(
+            f"fuse_head=True needs the head's weight whole, got {tuple(weight.shape)} without "
+            "memory: shard it with the root module, so that it is gathered for all of the forward, "
+            "or leave fuse_head out"
+        )
     if torch.jit.is_tracing() or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         return False
     kind = hidden.device.type
