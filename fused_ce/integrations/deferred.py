@@ -112,6 +112,7 @@ class DeferredLogits(torch.Tensor):
     _viewed: "DeferredLogits | None"  # of which it is a view
     _view: Step | None
     _real: torch.Tensor | None
+    _is_result: bool = False  # of a Function that copies what it is given, as DDP's does
 
     @staticmethod
     def of(
@@ -130,11 +131,15 @@ class DeferredLogits(torch.Tensor):
 
         Not in the forward of a Function, say, whose result is no longer what it seems.
         """
-        return not self.is_made() and self._origin.is_recorded == torch.is_grad_enabled()
+        is_recorded_now = self._origin.is_recorded == torch.is_grad_enabled()
+        return is_recorded_now and not self._is_result and not self.is_made()
 
     def made(self) -> torch.Tensor:
         """The real logits."""
-        if self._real is None and self._viewed is not None:
+        if self._real is None and self._is_result:
+            with torch.enable_grad():
+                self._real = _Look.apply(self)
+        elif self._real is None and self._viewed is not None:
             self._real = self._view(self._viewed.made())
         elif self._real is None:
             self._origin.check()
@@ -149,7 +154,7 @@ class DeferredLogits(torch.Tensor):
     def for_loss(self) -> tuple[Origin, dict[str, float | None]] | None:
         """A call of a head and options for the loss of it; None: take the real logits."""
         options = self._recipe.options()
-        if options is None or self.is_made():
+        if options is None or self.is_made() or self._is_result:
             return None
         self._origin.check()
         self._origin.fate.is_taken = True
@@ -162,8 +167,13 @@ class DeferredLogits(torch.Tensor):
         if func in KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in REMEMBERED and isinstance(args[0], DeferredLogits) and args[0].is_pending():
-            result = REMEMBERED[func](*args, **kwargs)
+        if func in REMEMBERED and isinstance(args[0], DeferredLogits):
+            logits = args[0]
+            result = NotImplemented
+            if logits.is_pending():
+                result = REMEMBERED[func](*args, **kwargs)
+            elif func in CLONES and not (logits.is_made() or torch.is_grad_enabled()):
+                result = _result(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.made, (args, kwargs))
@@ -184,6 +194,7 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, origin, steps, kind):
         """A tensor without values."""
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.origin, ctx.steps = origin.of(hidden), steps
         ctx.origin.tensors = ()
@@ -191,7 +202,9 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Through the real logits, once more."""
+        """Through the real logits, once more; where no gradient came, none are made."""
+        if grad is None:
+            return (None,) * 6
         with torch.enable_grad():
             # Gradients end at a view, however else the tensors hang together: tied weights do.
             tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
@@ -201,6 +214,23 @@ class _Defer(torch.autograd.Function):
         is_differentiable = torch.is_grad_enabled()
         grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=is_differentiable))
         return *(next(grads) if needed else None for needed in needs), None, None, None
+
+
+class _Look(torch.autograd.Function):
+    """The real logits where somebody's Function has put deferred ones in the graph."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        """Their values."""
+        ctx.set_materialize_grads(False)
+        origin = logits._origin
+        origin.check()
+        return _made(*origin.tensors, origin, logits._steps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """On to that Function."""
+        return grad
 
 
 def _made(hidden, weight, bias, origin: Origin, steps: tuple[Step, ...]) -> torch.Tensor:
@@ -214,11 +244,12 @@ def _made(hidden, weight, bias, origin: Origin, steps: tuple[Step, ...]) -> torc
 def _deferred(origin, steps, recipe, dtype, base=None, view=None) -> DeferredLogits:
     hidden, weight, _ = origin.tensors
     shape = *hidden.shape[:-1], weight.shape[0]
-    strides = torch.empty(shape, device="meta").stride()
-    if base is not None:
-        strides = view(torch.empty_strided(base.shape, base.stride(), device="meta")).stride()
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if base is not None:  # seen in one class of the base, lest anything have the size of logits
+        of_one_class = *base.shape[:-1], 1
+        strides = view(torch.empty_strided(of_one_class, base.stride(), device="meta")).stride()
     kind = shape, strides, dtype, hidden.device
-    if origin.is_recorded:
+    if origin.is_recorded and torch.is_grad_enabled():
         logits = _Defer.apply(*origin.tensors, origin, steps, kind)
     else:
         logits = _without_values(*kind)
@@ -303,6 +334,20 @@ def _contiguous(logits, *, memory_format=torch.contiguous_format):
     return _after(logits, torch.Tensor.contiguous, logits._recipe)
 
 
+def _clone(logits, *, memory_format=torch.preserve_format):
+    if memory_format != torch.preserve_format or not logits.is_contiguous():
+        return NotImplemented
+    return _after(logits, torch.clone, logits._recipe)
+
+
+def _result(logits, *, memory_format=torch.preserve_format):
+    """A copy in the forward of a Function, which autograd is about to give its place."""
+    copy = _clone(logits, memory_format=memory_format)
+    if copy is not NotImplemented:
+        copy._is_result = True
+    return copy
+
+
 def _seen_as(logits, view: Step, is_copy: bool):
     """Some rows, or other axes before the last: a view, or logits of their own."""
     origin = logits._origin.of(view(logits._origin.tensors[0]))
@@ -348,10 +393,13 @@ def _reshaped(logits, *shape):
         (shape,) = shape
     if isinstance(shape, torch.dtype) or not logits.is_contiguous():
         return NotImplemented
-    meta = torch.empty(logits.shape, device="meta").view(shape)
-    if meta.dim() == 0 or meta.shape[-1] != logits.shape[-1]:
+    shape = list(shape)
+    if -1 in shape:
+        rest = -math.prod(shape)
+        shape[shape.index(-1)] = logits.numel() // rest if rest > 0 else 0
+    if not shape or shape[-1] != logits.shape[-1] or math.prod(shape) != logits.numel():
         return NotImplemented
-    rows = meta.shape[:-1]
+    rows = shape[:-1]
     return _seen_as(logits, lambda tensor: tensor.reshape(*rows, tensor.shape[-1]), False)
 
 
@@ -375,10 +423,12 @@ def _no_gradient(logits):
 
 
 T = torch.Tensor
+CLONES = torch.clone, T.clone
 REMEMBERED: dict[Function, Function] = {
     **dict.fromkeys((torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply),
                     _multiplied),
     **dict.fromkeys((torch.div, T.div, T.__truediv__, torch.true_divide, T.true_divide), _divided),
+    **dict.fromkeys(CLONES, _clone),
     **dict.fromkeys((torch.tanh, T.tanh, nn.functional.tanh), _tanh),
     **dict.fromkeys((torch.reshape, T.reshape, T.view), _reshaped),
     T.float: _float, T.to: _to, T.contiguous: _contiguous, T.__getitem__: _indexed,
@@ -386,7 +436,7 @@ REMEMBERED: dict[Function, Function] = {
 }  # fmt: skip
 _ATTRIBUTES = """shape dtype device ndim layout requires_grad is_leaf grad_fn grad is_cuda is_cpu
     is_meta is_mps is_xpu is_sparse is_sparse_csr is_quantized is_nested is_mkldnn itemsize nbytes
-    names output_nr""".split()
+    names output_nr _base""".split()
 _METHODS = """size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex
     is_signed is_inference element_size get_device __len__ __hash__ dim_order""".split()
 # What is known of logits without their values.

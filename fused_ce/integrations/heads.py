@@ -78,7 +78,8 @@ def _layers(head: nn.Module | None) -> list[nn.Module]:
     LoRA adds to its output, which makes the real logits; a copy that is trained instead defers.
     """
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
-        return [layer for copy in head.modules_to_save.values() for layer in _layers(copy)]
+        modules = head.original_module, *head.modules_to_save.values()
+        return [layer for module in modules for layer in _layers(module)]
     while isinstance(getattr(head, "base_layer", None), nn.Module):
         head = head.base_layer
     return [] if head is None else [head]
@@ -152,7 +153,7 @@ def fusing_class(cls: type) -> type:
 
     def forward(self, *args, **kwargs):
         with forward_of(self, args, kwargs):
-            return cls.forward(self, *args, **kwargs)
+            return super(same, self).forward(*args, **kwargs)
 
     # Not by functools.wraps: Accelerate unwraps a forward for as long as it has a __wrapped__.
     forward.__signature__ = inspect.signature(cls.forward)

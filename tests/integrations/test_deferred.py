@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason='pip install "fused_ce[hf]"')
 
+from fused_ce.integrations import deferred  # noqa: E402
 from fused_ce.integrations.deferred import KNOWN, REMEMBERED, DeferredLogits  # noqa: E402
 
 B, T, H, V = 2, 5, 8, 11
@@ -55,6 +56,7 @@ REMEMBERED_USES = [
     pytest.param(lambda x: x.float(), 1.0, None, id="float"),
     pytest.param(lambda x: x.to(torch.float32).to(x.device), 1.0, None, id="to"),
     pytest.param(lambda x: x.contiguous(), 1.0, None, id="contiguous"),
+    pytest.param(lambda x: x.clone() * 2, 2.0, None, id="clone"),
     pytest.param(lambda x: x[:, :-1], 1.0, None, id="slice"),
     pytest.param(lambda x: x[..., 1:, :], 1.0, None, id="slice-behind-dots"),
     pytest.param(lambda x: x[1], 1.0, None, id="one-sequence"),
@@ -124,6 +126,48 @@ class Viewed(Doubled):
         return logits.view_as(logits)
 
 
+class Cloned(Doubled):
+    """As DistributedDataParallel has it: nothing is made, but for those who look at the result."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+
+def test_a_function_that_copies_makes_nothing():
+    leaves = a_head()
+    logits = DeferredLogits.of(*leaves)
+    copied = Cloned.apply(logits * 3)
+    assert isinstance(copied, DeferredLogits) and not copied.is_made() and not logits.is_made()
+    assert copied.for_loss() is None  # it would go around the Function
+    with torch.no_grad():
+        logits.zero_()
+    with torch.no_grad():
+        assert torch.equal(copied, F.linear(*leaves) * 3)
+        clone = DeferredLogits.of(*leaves).clone()
+        assert torch.equal(clone, F.linear(*leaves)) and not clone.requires_grad
+
+
+def test_no_logits_for_a_gradient_that_never_came(monkeypatch):
+    """DDP gives the loss and the logits to one Function, and takes a gradient of the loss alone."""
+
+    class Sink(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, logits):
+            ctx.set_materialize_grads(False)
+            return loss.clone(), logits.clone()
+
+        @staticmethod
+        def backward(ctx, grad_loss, grad_logits):
+            return grad_loss, grad_logits
+
+    leaves = a_head()
+    monkeypatch.setattr(deferred, "_made", None)
+    loss, logits = Sink.apply(sum(leaf.sum() for leaf in leaves), DeferredLogits.of(*leaves))
+    loss.backward()
+    assert all((leaf.grad == 1).all() for leaf in leaves) and not logits.is_made()
+
+
 def odd(x):
     x[:, :, 2] = -30.0
     return x
@@ -166,6 +210,7 @@ LOOKS = [
     pytest.param(lambda x: Doubled.apply(x)[:, 1:] * 3, id="function-and-more"),
     pytest.param(lambda x: Returned.apply(x * 2)[:, 1:], id="function-that-returns-it"),
     pytest.param(lambda x: Viewed.apply(x) * 2, id="function-that-views-it"),
+    pytest.param(lambda x: Cloned.apply(x * 3)[:, 1:] * 2, id="function-that-copies"),
     pytest.param(lambda x: torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=True),
                  id="checkpoint-reentrant"),
     pytest.param(lambda x: torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=False),
