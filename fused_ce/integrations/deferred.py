@@ -1,102 +1,15 @@
 """Logits that nobody has made yet: what a head returns while a loss is due."""
 
 import contextlib
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fused_ce.tracing import is_autocast, saved_tensors_hooks_paused
-
-Step = Callable[[torch.Tensor], torch.Tensor]
-Function = Callable[..., Any]
-
-
-class Fate:
-    """What became of a call of a head, which all its deferred logits share."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.is_taken = False  # by a loss, which leaves no gradient of logits to look at
-        self.hooks: list[Function] = []  # for the gradient of the logits, should it be made
-
-
-class Origin:
-    """A call of a head: hidden (..., H), weight (V, H), bias (V,) or None, and when it was."""
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
-        """The call of just now."""
-        self.tensors = hidden, weight, bias
-        self.versions = [_version(tensor) for tensor in self.tensors]
-        self.fate = Fate()
-        self.is_recorded = torch.is_grad_enabled()
-        self.device_type = kind = hidden.device.type
-        self.autocast_dtype = torch.get_autocast_dtype(kind) if is_autocast(kind) else None
-
-    def dtype(self) -> torch.dtype:
-        """That of the head's output."""
-        hidden = self.tensors[0]
-        is_cast = self.autocast_dtype is not None and hidden.dtype != torch.float64
-        return self.autocast_dtype if is_cast else hidden.dtype
-
-    def surroundings(self) -> contextlib.AbstractContextManager:
-        """Autocast as it was when the head was called."""
-        if not torch.amp.is_autocast_available(self.device_type):
-            return contextlib.nullcontext()
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=enabled)
-
-    def of(self, hidden: torch.Tensor) -> "Origin":
-        """The same call for hidden states of it: some rows, or all in another shape."""
-        self.check()
-        some = object.__new__(Origin)
-        vars(some).update(vars(self))
-        some.tensors = hidden, *self.tensors[1:]
-        some.versions = [_version(hidden), *self.versions[1:]]
-        return some
-
-    def check(self) -> None:
-        """Raise where the logits that were meant cannot be made any more."""
-        names = "hidden states", "head's weight", "head's bias"
-        for name, tensor, version in zip(names, self.tensors, self.versions, strict=True):
-            if tensor is None:
-                continue
-            if is_emptied(tensor):
-                raise ValueError(
-                    f"logits that fuse_head=True has left out need the {name} whole, but it has "
-                    "been emptied since, as FSDP and ZeRO-3 do where a module's forward ends: "
-                    "shard the head with the root module, or leave fuse_head out"
-                )
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"logits that fuse_head=True has left out cannot be made any more: the {name} "
-                    "changed since, in an optimizer's step say; look at them before, or leave "
-                    "fuse_head out"
-                )
-
-
-class Recipe(NamedTuple):
-    """`gain * tanh(scale * x)` of the head's output x where it is capped, otherwise `scale * x`."""
-
-    scale: float = 1.0
-    is_capped: bool = False
-    gain: float = 1.0
-
-    def times(self, factor: float) -> "Recipe":
-        """Multiplied by a number."""
-        if self.is_capped:
-            return self._replace(gain=self.gain * factor)
-        return self._replace(scale=self.scale * factor)
-
-    def options(self) -> dict[str, float | None] | None:
-        """`logit_scale` and `softcap` of the loss; None where it has none such."""
-        scale = self.scale * self.gain
-        if not (math.isfinite(scale) and math.isfinite(self.gain) and self.gain > 0.0):
-            return None
-        return dict(logit_scale=scale, softcap=self.gain if self.is_capped else None)
+from fused_ce.integrations.head_calls import Function, Origin, Recipe, Step
+from fused_ce.tracing import saved_tensors_hooks_paused
 
 
 class DeferredLogits(torch.Tensor):
@@ -136,20 +49,25 @@ class DeferredLogits(torch.Tensor):
 
     def made(self) -> torch.Tensor:
         """The real logits."""
-        if self._real is None and self._is_result:
-            with torch.enable_grad():
-                self._real = _Look.apply(self)
-        elif self._real is None and self._viewed is not None:
-            self._real = self._view(self._viewed.made())
-        elif self._real is None:
-            self._origin.check()
-            # A checkpoint counts what is saved, and would find these saved the first time only.
-            with torch.set_grad_enabled(self._origin.is_recorded), saved_tensors_hooks_paused():
-                self._real = _made(*self._origin.tensors, self._origin, self._steps)
-            if self._real.requires_grad:
-                for hook in self._origin.fate.hooks:
-                    self._real.register_hook(hook)
+        if self._real is None:
+            # With gradients if they have some, whatever the one who looks needs.
+            is_recorded = self._origin.is_recorded
+            normal = torch.inference_mode(False) if is_recorded else contextlib.nullcontext()
+            # A checkpoint counts what is saved, and would find it saved the first time only.
+            with normal, torch.set_grad_enabled(is_recorded), saved_tensors_hooks_paused():
+                self._real = self._make()
         return self._real
+
+    def _make(self) -> torch.Tensor:
+        if self._is_result:
+            return _Look.apply(self)
+        if self._viewed is not None:
+            return self._view(self._viewed.made())
+        self._origin.check()
+        real = self._origin.logits(self._steps)
+        for hook in self._origin.fate.hooks if real.requires_grad else ():
+            real.register_hook(hook)
+        return real
 
     def for_loss(self) -> tuple[Origin, dict[str, float | None]] | None:
         """A call of a head and options for the loss of it; None: take the real logits."""
@@ -167,15 +85,9 @@ class DeferredLogits(torch.Tensor):
         if func in KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in REMEMBERED and isinstance(args[0], DeferredLogits):
-            logits = args[0]
-            result = NotImplemented
-            if logits.is_pending():
-                result = REMEMBERED[func](*args, **kwargs)
-            elif func in CLONES and not (logits.is_made() or torch.is_grad_enabled()):
-                result = _result(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = _remembered(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.made, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -208,7 +120,7 @@ class _Defer(torch.autograd.Function):
         with torch.enable_grad():
             # Gradients end at a view, however else the tensors hang together: tied weights do.
             tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            logits = _made(*tensors, ctx.origin, ctx.steps)
+            logits = ctx.origin.logits(ctx.steps, tensors)
         needs = ctx.needs_input_grad[:3]
         wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
         is_differentiable = torch.is_grad_enabled()
@@ -225,20 +137,12 @@ class _Look(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         origin = logits._origin
         origin.check()
-        return _made(*origin.tensors, origin, logits._steps)
+        return origin.logits(logits._steps)
 
     @staticmethod
     def backward(ctx, grad):
         """On to that Function."""
         return grad
-
-
-def _made(hidden, weight, bias, origin: Origin, steps: tuple[Step, ...]) -> torch.Tensor:
-    with origin.surroundings():
-        logits = nn.functional.linear(hidden, weight, bias)
-    for step in steps:
-        logits = step(logits)
-    return logits
 
 
 def _deferred(origin, steps, recipe, dtype, base=None, view=None) -> DeferredLogits:
@@ -264,18 +168,23 @@ def _without_values(shape, strides, dtype, device) -> DeferredLogits:
     )
 
 
-def _version(tensor: torch.Tensor | None) -> int | None:
-    """What changes with each change in place; inference mode does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
-def is_emptied(tensor: torch.Tensor) -> bool:
-    """Without the memory of its elements, as FSDP leaves parameters, or elements, as ZeRO-3."""
-    has_no_memory = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-    return has_no_memory or tensor.shape == (0,)
-
-
 # --- what is remembered ---
+
+
+def _remembered(func, args, kwargs):
+    logits = args[0] if args else None
+    if func not in REMEMBERED or not isinstance(logits, DeferredLogits):
+        return NotImplemented
+    remember = REMEMBERED[func]
+    if not logits.is_pending():
+        if func not in CLONES or logits.is_made() or torch.is_grad_enabled():
+            return NotImplemented
+        remember = _result
+    try:
+        inspect.signature(remember).bind(*args, **kwargs)
+    except TypeError:  # with out=, say
+        return NotImplemented
+    return remember(*args, **kwargs)
 
 
 def _after(logits: DeferredLogits, step: Step, recipe: Recipe, dtype: torch.dtype | None = None):
@@ -291,14 +200,12 @@ def _scaled(logits, factor, step, recipe):
     return _after(logits, step, recipe(float(factor)))
 
 
-def _multiplied(logits, factor):
-    return _scaled(logits, factor, lambda x: x * factor, logits._recipe.times)
+def _multiplied(logits, other):
+    return _scaled(logits, other, lambda x: x * other, logits._recipe.times)
 
 
-def _divided(logits, divisor, *, rounding_mode=None):
-    if rounding_mode is not None:
-        return NotImplemented
-    return _scaled(logits, divisor, lambda x: x / divisor, lambda d: logits._recipe.times(1.0 / d))
+def _divided(logits, other):
+    return _scaled(logits, other, lambda x: x / other, lambda d: logits._recipe.times(1.0 / d))
 
 
 def _tanh(logits):

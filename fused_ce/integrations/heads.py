@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fused_ce.integrations.deferred import DeferredLogits, is_emptied
+from fused_ce.integrations.deferred import DeferredLogits
+from fused_ce.integrations.head_calls import is_emptied
 from fused_ce.tracing import is_transformed
 
 _here = threading.local()  # replicas of DataParallel run in threads of their own

@@ -10,8 +10,8 @@ from torch import nn
 
 pytest.importorskip("transformers", reason='pip install "fused_ce[hf]"')
 
-from fused_ce.integrations import deferred  # noqa: E402
 from fused_ce.integrations.deferred import KNOWN, REMEMBERED, DeferredLogits  # noqa: E402
+from fused_ce.integrations.head_calls import Origin  # noqa: E402
 
 B, T, H, V = 2, 5, 8, 11
 F = nn.functional
@@ -45,7 +45,7 @@ def assert_same(ours, theirs):
 REMEMBERED_USES = [
     pytest.param(lambda x: x * 0.25, 0.25, None, id="times"),
     pytest.param(lambda x: 3 * x, 3.0, None, id="times-from-the-left"),
-    pytest.param(lambda x: torch.mul(x, 3), 3.0, None, id="mul"),
+    pytest.param(lambda x: torch.mul(x, other=3), 3.0, None, id="mul"),
     pytest.param(lambda x: x / 8.0, 0.125, None, id="divided"),
     pytest.param(lambda x: torch.div(x, 8), 0.125, None, id="div"),
     pytest.param(lambda x: x * -2.0, -2.0, None, id="negative"),
@@ -162,7 +162,7 @@ def test_no_logits_for_a_gradient_that_never_came(monkeypatch):
             return grad_loss, grad_logits
 
     leaves = a_head()
-    monkeypatch.setattr(deferred, "_made", None)
+    monkeypatch.setattr(Origin, "logits", None)
     loss, logits = Sink.apply(sum(leaf.sum() for leaf in leaves), DeferredLogits.of(*leaves))
     loss.backward()
     assert all((leaf.grad == 1).all() for leaf in leaves) and not logits.is_made()
@@ -184,6 +184,9 @@ LOOKS = [
     pytest.param(lambda x: x * 0.0, id="times-0"),
     pytest.param(lambda x: x / float("inf"), id="divided-by-inf"),
     pytest.param(lambda x: torch.div(x, 3.0, rounding_mode="floor") + x, id="floor"),
+    pytest.param(lambda x: torch.mul(input=x, other=3), id="by-name"),
+    pytest.param(lambda x: x + torch.mul(x.detach(), 2, out=torch.empty(0)), id="out"),
+    pytest.param(lambda x: torch.reshape(x, shape=(B * T, V)), id="reshape-by-name"),
     pytest.param(lambda x: x.tanh().tanh(), id="two-caps"),
     pytest.param(lambda x: -3.0 * x.tanh(), id="negative-cap"),
     pytest.param(lambda x: x.double(), id="double"),
@@ -261,14 +264,19 @@ def test_without_gradients(mode):
     assert not later.exp().requires_grad and torch.equal(later.detach(), right)
 
 
-def test_logits_that_are_looked_at_without_gradients_have_them_still():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("use", [
+    pytest.param(lambda x: x, id="itself"),
+    pytest.param(lambda x: x[:, 1:], id="view"),
+    pytest.param(lambda x: Cloned.apply(x), id="function"),
+])  # fmt: skip
+def test_logits_that_are_looked_at_without_gradients_have_them_still(use, mode):
     leaves = a_head()
-    logits = DeferredLogits.of(*leaves)
-    with torch.no_grad():
-        assert not (logits * 2).requires_grad and not logits.argmax(-1).requires_grad
-    assert_same(
-        gradients(lambda *_: logits, torch.exp, leaves), gradients(F.linear, torch.exp, leaves)
-    )
+    logits = use(DeferredLogits.of(*leaves))
+    with mode():
+        assert not (logits + 2).requires_grad and not logits.argmax(-1).requires_grad
+    rights = gradients(F.linear, lambda x: use(x).exp(), leaves)
+    assert_same(gradients(lambda *_: logits, torch.exp, leaves), rights)
 
 
 def test_autocast_of_the_call_counts():

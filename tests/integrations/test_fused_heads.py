@@ -233,6 +233,15 @@ def test_a_hook_that_changes_logits_is_obeyed():
     assert is_pending(model(**given))
 
 
+def test_a_hook_for_the_gradient_of_the_head_is_called():
+    seen = []
+    model = patch(tiny(), fuse_head=True)
+    model.lm_head.register_full_backward_hook(lambda head, given, grad: seen.append(grad[0]))
+    rights = loss_and_gradients(tiny(), **batch())
+    assert_close(loss_and_gradients(model, **batch()), rights)
+    assert seen[0].shape == (3, 12, VOCAB_SIZE) and seen[0].abs().sum() > 0
+
+
 def test_gradients_through_loss_and_logits():
     model, given = tiny(), batch()
     found = []
