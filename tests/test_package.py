@@ -146,8 +146,9 @@ def test_pages_name_tests_that_exist(name):
     assert all("::test_" in row for row in rows)
 
 
-def test_the_guide_names_tests_that_exist():
-    page = (ROOT / "docs" / "guide.md").read_text("utf-8")
+@pytest.mark.parametrize("name", ["guide.md", "transformers.md"])
+def test_pages_of_recipes_name_tests_that_exist(name):
+    page = (ROOT / "docs" / name).read_text("utf-8")
     named, file = [], None
     for first, path in re.findall(r"`(?:tests/)?([\w/]+\.py)?::([\w:]+)`", page):
         file = first or file  # `::test` is in the file named before

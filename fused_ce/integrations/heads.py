@@ -115,8 +115,16 @@ FUSES = "_fuses_its_head"  # in a model's attributes: its head defers
 def fuse(model: nn.Module, defers: bool) -> None:
     """Give the model its `fusing_class`; its head defers, or not."""
     vars(model)[FUSES] = defers
+    if defers:
+        _let_defer(model)
     if not hasattr(type(model), "is_fusing_class_of"):
         model.__class__ = fusing_class(type(model))
+
+
+def _let_defer(model: nn.Module) -> None:
+    for layer in _layers(model.get_output_embeddings()):
+        if type(layer) is nn.Linear:
+            layer.__class__ = DeferringLinear
 
 
 def unfuse(model: nn.Module) -> None:
@@ -138,9 +146,8 @@ def forward_of(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
         return
     given = {**dict(zip(_names_of_arguments(type(model)), args, strict=False)), **kwargs}
     is_due = any(given.get(name) is not None for name in ("labels", "shift_labels"))
-    for layer in _layers(model.get_output_embeddings()) if is_due else ():
-        if type(layer) is nn.Linear:  # at each forward: it may be another than it was
-            layer.__class__ = DeferringLinear
+    if is_due:
+        _let_defer(model)  # at each forward: its head may be another than it was
     with loss_due(is_due):
         yield
 

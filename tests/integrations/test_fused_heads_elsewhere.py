@@ -544,3 +544,18 @@ def test_trainer_learns_the_same(tmp_path):
     assert len(seen) == 10 + 1 and all(seen)
     torch.testing.assert_close(logs[1], logs[0], rtol=1e-4, atol=1e-6)
     assert_close(*weights[::-1], rounding=1e-4)
+
+
+@pytest.mark.parametrize("first", ["hook", "patch"])
+def test_a_head_with_a_hook_of_accelerate(first):
+    """As a device map over several devices gives it one: its forward is replaced."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, rights = tiny(), loss_and_gradients(tiny(), **batch())
+    if first == "hook":
+        hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+        with pytest.warns(UserWarning, match="a forward of its own, .* are made"):
+            patch(model, fuse_head=True)
+    else:
+        hooks.add_hook_to_module(patch(model, fuse_head=True).lm_head, hooks.ModelHook())
+    assert_close(loss_and_gradients(model, **batch()), rights)
+    assert is_pending(model(**batch())) is (first == "patch")
