@@ -53,7 +53,7 @@ def run(section=""):
     if section:
         page = page.partition(f"\n## {section}")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {"__name__": "guide", "n_blocks": len(blocks)}
+    names = {"__name__": "docs.guide", "n_blocks": len(blocks)}
     with pytest.MonkeyPatch.context() as patch:
         try:
             __import__(LOSSES)
