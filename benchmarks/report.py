@@ -1,8 +1,8 @@
 """Tables and plots from the results: `python -m benchmarks.report`.
 
 It reads every JSON of benchmarks/results, prints the tables and draws the plots; `--add
-runs/gpu/results.json` takes the records of a run over first, `--readme` puts the tables between the
-markers of the README.
+runs/gpu/results.json` takes the records of a run over first, `--pages` puts the tables between the
+markers of docs/performance.md, and a few rows of them between those of the README.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from benchmarks import tables
 from benchmarks.records import RESULTS, Record, file_name, merge, read, write
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,17 +28,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no results in {options.results}")
         return 1
     print("\n\n".join(section(records) for records in machines.values()))
-    if options.readme:
-        text = "\n\n".join(section(records, brief=True) for records in machines.values())
-        readme = replace_between_markers(options.readme.read_text("utf-8"), text)
-        options.readme.write_text(readme, "utf-8")
-        print(f"\nwrote the tables into {options.readme}")
+    if options.pages:
+        update(options.readme, machines, headline)
+        update(options.performance, machines, lambda records: section(records, brief=True))
     if not options.no_plots:
         from benchmarks import plots  # only they need matplotlib
 
         for path in plots.draw(machines, options.results / "plots"):
             print(path)
     return 0
+
+
+def update(page: Path, machines: dict[str, list[Record]], tables_of: Callable) -> None:
+    """Put what `tables_of` makes of each machine between the markers of a page."""
+    text = "\n\n".join(filter(None, map(tables_of, machines.values())))
+    page.write_text(replace_between_markers(page.read_text("utf-8"), text), "utf-8")
+    print(f"wrote tables into {page}")
 
 
 def add(path: Path, results: Path) -> Path:
@@ -55,6 +61,18 @@ def add(path: Path, results: Path) -> Path:
 def load(results: Path) -> dict[str, list[Record]]:
     """The records of every machine, by the name of its file."""
     return {path.stem: read(path) for path in sorted(results.glob("*.json"))}
+
+
+def headline(records: list[Record]) -> str:
+    """Six rows of one machine, slower ones among them; nothing where it has not measured them."""
+    cases = {(*case[tables.OURS].key,): case for case in tables.by_case(records)}
+    rows = [tables.headline_row(words, cases[key]) for key, words in tables.HEADLINE.items()
+            if key in cases]  # fmt: skip
+    if not rows:
+        return ""
+    first = records[0]
+    where = f"{first.gpu}, torch {first.torch}, {max(record.date for record in records)}"
+    return "\n".join([where + ":", "", tables.headline_header(), *rows])
 
 
 def section(records: list[Record], brief: bool = False) -> str:
@@ -133,7 +151,7 @@ def ceilings_table(records: Iterable[Record]) -> str:
 def replace_between_markers(text: str, tables_text: str) -> str:
     """The text with what is between the markers replaced; the markers stay."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise SystemExit(f"the README needs {BEGIN} and then {END}, once each")
+        raise SystemExit(f"the page needs {BEGIN} and then {END}, once each")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{tables_text}\n{END}{rest.split(END)[1]}"
 
@@ -142,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="results.json of runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON a machine")
-    parser.add_argument("--readme", type=Path, nargs="?", const=README, help="update its tables")
+    parser.add_argument("--pages", action="store_true", help="update the tables of both pages")
+    parser.add_argument("--readme", type=Path, default=README, help="the page of a few rows")
+    parser.add_argument("--performance", type=Path, default=PERFORMANCE, help="that of all")
     parser.add_argument("--no-plots", action="store_true", help="tables alone")
     return parser
 

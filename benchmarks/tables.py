@@ -12,6 +12,16 @@ PEERS = {
     "quack": "quack", "cut_cross_entropy": "CCE",
 }  # fmt: skip
 
+# What the README shows, by `Record.key`: where we gain, and where we do not.
+HEADLINE = {
+    ("forward_backward", 1024, None, 50_257, "float32"): "loss and gradient",
+    ("forward_backward", 1024, None, 50_257, "bfloat16"): "loss and gradient",
+    ("linear", 4096, 256, 16_000, "float32"): "from hidden states, with both gradients",
+    ("linear ignored 70%", 1024, 256, 16_000, "float32"): "the same, 70 % of labels ignored",
+    ("forward", 1024, None, 50_257, "float32"): "loss alone",
+    ("forward_backward", 1024, None, 65, "float32"): "loss and gradient, few classes",
+}
+
 Case = dict[str, Record]  # the records of one case by provider
 
 
@@ -80,6 +90,21 @@ def row(case: Case, peers: list[str]) -> str:
     ]
     cells += [_number(case.get(name), memory(case, name), "{:.2f}×") for name in [OURS, *peers]]
     cells += _errors(case, peers, "error")
+    return f"| {' | '.join(cells)} |"
+
+
+def headline_header() -> str:
+    """The first two lines of the README's table."""
+    cells = ["", "rows (× hidden) × classes", "ours", "torch ÷ ours", "compiled ÷ ours"]
+    return _head([*cells, "memory ÷ logits: ours", "torch", "compiled"])
+
+
+def headline_row(words: str, case: Case) -> str:
+    """One case, in words."""
+    ours, peers = case[OURS], (EAGER, COMPILED)
+    cells = [words, f"{ours.sizes} {ours.dtype}", _number(ours, ours.ms_median, "{:.3g} ms")]
+    cells += [_number(case.get(peer), ratio(case, peer), "{:.2f}") for peer in peers]
+    cells += [_number(case.get(name), memory(case, name), "{:.2f}") for name in (OURS, *peers)]
     return f"| {' | '.join(cells)} |"
 
 

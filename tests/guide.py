@@ -1,4 +1,4 @@
-"""The code of docs/guide.md, as tests run it."""
+"""The code of README and docs/, as tests run it."""
 
 import re
 import sys
@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "guide.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 LOSSES = "torchtitan.components.loss"
 
 
@@ -47,9 +48,9 @@ class ChunkedLossWrapper(BaseLoss):
         self.lm_head = lm_head
 
 
-def run(section=""):
+def run(section="", page="docs/guide.md"):
     """The names that all Python of a section (by its title) or the page defines, one by one."""
-    page = PAGE.read_text("utf-8")
+    page = (ROOT / page).read_text("utf-8")
     if section:
         page = page.partition(f"\n## {section}")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -1,4 +1,4 @@
-"""examples/ and README's loops: they run, learn, and no token counts more than another."""
+"""examples/: they run, learn, and no token counts more than another."""
 
 import copy
 import os
@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
-from fused_ce import fused_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = {"plain_loop": None, "accelerate_loop": "accelerate", "lightning_module": "lightning"}
@@ -89,64 +87,3 @@ def test_micro_batches_move_the_weights_as_one_batch_of_them_all(name):
         model.parameters(), whole.parameters(), start.parameters(), strict=True
     ):
         assert (ours - theirs).abs().max() < 1e-5 * (theirs - before).abs().max()
-
-
-def block_of_the_readme(library):
-    readme = (ROOT / "README.md").read_text("utf-8")
-    section = readme.partition("\n## transformers")[2].partition("\n## ")[0]
-    (block,) = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        if f"import {library}" in block or f"from {library}" in block
-    ]
-    return block
-
-
-def micro_batches_and_their_gradient(model):
-    """Three of unequal length, and the gradient of the mean over the tokens of all."""
-    inputs = [torch.randint(7, (2, n)) for n in (3, 9, 4)]
-    targets = [torch.randint(7, tensor.shape) for tensor in inputs]
-    targets[1][:, 2:5] = -100
-    logits = model(torch.cat(inputs, dim=1)).flatten(0, 1)
-    F.cross_entropy(logits, torch.cat(targets, dim=1).flatten()).backward()
-    right, model.weight.grad = model.weight.grad, None
-    return list(zip(inputs, targets, strict=True)), right
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_accelerate_in_the_readme():
-    pytest.importorskip("accelerate")
-    model = torch.nn.Embedding(7, 7)
-    micro_batches, right = micro_batches_and_their_gradient(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    names = dict(
-        fused_cross_entropy=fused_cross_entropy, model=model, optimizer=optimizer,
-        micro_batches=micro_batches,
-    )  # fmt: skip
-    exec(block_of_the_readme("accelerate"), names)
-    torch.testing.assert_close(model.weight.grad, right)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_in_the_readme():
-    lightning = pytest.importorskip("lightning")
-    names = dict(fused_cross_entropy=fused_cross_entropy)
-    exec(block_of_the_readme("lightning"), names)
-
-    class Model(names["Model"]):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-        def on_before_optimizer_step(self, optimizer):
-            self.gradient = self.model.weight.grad.clone()
-
-    model = Model(torch.nn.Embedding(7, 7))
-    micro_batches, right = micro_batches_and_their_gradient(model.model)
-    n_tokens = sum((targets != -100).sum() for _, targets in micro_batches)
-    batches = [(inputs, targets, n_tokens) for inputs, targets in micro_batches]
-    trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=3, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
-    torch.testing.assert_close(model.gradient, right)

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import guide
 import pytest
-import torch
 
 import fused_ce
 
@@ -159,57 +157,3 @@ def test_pages_of_recipes_name_tests_that_exist(name):
         source = (ROOT / "tests" / file).read_text("utf-8")
         for name in names:
             assert re.search(rf"(def|class) {name}\b", source), f"{file}: {name}"
-
-
-def test_the_examples_of_the_guide_run():
-    """All of them, one after the other."""
-    names = guide.run()
-    assert names["n_blocks"] >= 15
-    assert names["head"].weight.grad.isfinite().all() and names["states"].grad.isfinite().all()
-
-
-def test_the_examples_of_the_readme_run():
-    """Those of its section "Use"; the libraries' are with the tests of those."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    section = readme.partition("\n## Use\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 6
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(7, 11, generator=generator, requires_grad=True)
-    batches = [
-        (torch.randn(2, n, 7, generator=generator), torch.randint(11, (2, n), generator=generator))
-        for n in (3, 9)
-    ]
-    names = dict(
-        micro_batches=batches, model=lambda inputs: inputs @ weights,
-        tokens=torch.randint(11, (2, 4), generator=generator),
-        actions=torch.tensor([3, 0]), advantages=torch.tensor([0.5, -2.0]),
-    )  # fmt: skip
-    exec(blocks[0], names)
-    assert names["logits"].grad.isfinite().all()
-
-    exec(blocks.pop(1), names)
-    assert names["hidden"].grad.isfinite().all() and names["head"].weight.grad.isfinite().all()
-
-    exec(blocks[1], names)
-    accumulated, weights.grad = weights.grad, None
-    inputs, targets = (torch.cat(tensors, dim=1) for tensors in zip(*batches, strict=True))
-    torch.nn.functional.cross_entropy((inputs @ weights).view(-1, 11), targets.view(-1)).backward()
-    torch.testing.assert_close(accumulated, weights.grad)
-
-    names["logits"] = torch.randn(2, 4, 11, generator=generator)
-    exec(blocks[2], names)
-    right = names["logits"][:, :-1].argmax(-1) == names["tokens"][:, 1:]
-    torch.testing.assert_close(names["accuracy"], right.float().mean())
-
-    names["logits"] = torch.randn(2, 11, generator=generator, requires_grad=True)
-    exec(blocks[3], names)
-    assert names["logits"].grad.isfinite().all() and names["stats"].entropy.shape == (2,)
-
-    logits, targets = torch.randn(3, 5, generator=generator), torch.tensor([0, 4, 2])
-    names.update(logits=logits, targets=targets, direction=torch.randn(3, 5, generator=generator))
-    exec(blocks[4], names)
-    hessian = torch.func.hessian(torch.nn.functional.cross_entropy)(logits, targets)
-    torch.testing.assert_close(
-        names["hessian_times_direction"], torch.tensordot(hessian, names["direction"], 2)
-    )

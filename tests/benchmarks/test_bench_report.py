@@ -77,17 +77,31 @@ def test_table_of_a_machine(made):
     assert text.startswith("**a machine**, torch 2, Triton 3, 2020-01-02\n")
 
 
-def test_readme_is_replaced_between_its_markers(made, tmp_path, capsys):
+def test_pages_are_replaced_between_their_markers(made, tmp_path, monkeypatch):
     records.write(made, tmp_path / "a-machine.json")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--readme", str(readme), "--no-plots"]
+    monkeypatch.setattr(tables, "HEADLINE", {made[0].key: "few rows"})
+    pages = tmp_path / "README.md", tmp_path / "performance.md"
+    for page in pages:
+        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--pages", "--readme", str(pages[0])]
     for _ in range(2):  # the second time changes nothing
-        assert report.main(arguments) == 0
-        text = readme.read_text("utf-8")
-        assert text.startswith(f"before\n{report.BEGIN}\n**a machine**")
-        assert text.endswith(f"|\n{report.END}\nafter\n") or "- quack" in text
-        assert "old" not in text and text.count("| 1,000 | 2.00 |") == 1
+        assert report.main([*arguments, "--performance", str(pages[1]), "--no-plots"]) == 0
+        few, all_of_them = (page.read_text("utf-8") for page in pages)
+        for text in (few, all_of_them):
+            assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n")
+            assert "old" not in text and "a machine" in text
+        assert few.count("| few rows |") == 1 and few.count("| 2 ms | 3.00 |") == 1
+        assert all_of_them.count("| 1,000 | 2.00 |") == 1
+
+
+def test_what_the_readme_shows_has_been_measured():
+    """On some machine; and the pages hold what the results say."""
+    machines = report.load(records.RESULTS)
+    shown = "\n\n".join(filter(None, map(report.headline, machines.values())))
+    assert shown.count("\n|") >= 2 + len(tables.HEADLINE)
+    assert shown in report.README.read_text("utf-8")
+    for of_machine in machines.values():
+        assert report.section(of_machine, brief=True) in report.PERFORMANCE.read_text("utf-8")
 
 
 @pytest.mark.parametrize("text", ["none", f"{report.END}{report.BEGIN}", 2 * report.BEGIN])

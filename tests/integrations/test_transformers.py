@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 import warnings
 from pathlib import Path
 
@@ -585,16 +584,3 @@ def test_trainer_with_gradient_accumulation_makes_the_same_weights(calls, tmp_pa
     for theirs, ours, distance in zip(*weights, moved, strict=True):
         assert distance > 1e-4
         assert (ours - theirs).abs().max() < 1e-4 * distance
-
-
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-def test_the_example_of_the_readme_runs(calls, tmp_path):
-    llama().save_pretrained(tmp_path)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    section = readme.partition("\n## transformers")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    (block,) = [block for block in blocks if "transformers" in block]
-    arguments = arguments_of_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2)
-    names = dict(checkpoint=tmp_path, arguments=arguments, dataset=dataset(16))
-    exec(block, names)
-    assert len(calls) == 2 and names["model"].loss_function is causal_lm_loss
