@@ -148,6 +148,17 @@ def test_a_function_that_copies_makes_nothing():
         assert torch.equal(clone, F.linear(*leaves)) and not clone.requires_grad
 
 
+def test_a_weight_that_hidden_states_come_from_too():
+    """Tied: its gradient through a Function is that of both places, each once."""
+    found = []
+    for make in (DeferredLogits.of, F.linear):
+        _, weight, _ = a_head()
+        hidden = weight[torch.tensor([[1, 4, 4], [7, 0, 2]])].tanh()
+        Doubled.apply(make(hidden, weight, None)).exp().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_no_logits_for_a_gradient_that_never_came(monkeypatch):
     """DDP gives the loss and the logits to one Function, and takes a gradient of the loss alone."""
 
