@@ -43,9 +43,10 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.cpu
 
 # The wheel may only contain fused_ce: `kernels` is the name of another distribution's package.
+# It is built from the sdist, as an installer would.
 wheel: $(DEV)
 	rm -rf dist build
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m tests.check_wheel dist
 
 $(TRAIN): pyproject.toml constraints.txt
