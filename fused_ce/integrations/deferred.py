@@ -282,7 +282,7 @@ def _keeps_classes(index: tuple, n_axes: int) -> bool:
     places = [place for place, part in enumerate(index) if part is Ellipsis]
     if places:
         after = index[places[0] + 1 :]
-        return not after or _is_whole(after[-1]) and all(part is not None for part in after)
+        return not after or _is_whole(after[-1])
     n_indexed = sum(part.dim() if _is_mask(part) else part is not None for part in index)
     return n_indexed < n_axes or (n_indexed == n_axes and _is_whole(index[-1]))
 
