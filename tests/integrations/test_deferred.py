@@ -80,7 +80,9 @@ def test_what_is_remembered_makes_no_logits(use, scale, softcap, dtype):
     logits = DeferredLogits.of(*leaves)
     used = use(logits)
     assert isinstance(used, DeferredLogits) and not used.is_made() and not logits.is_made()
-    assert (used.shape, used.dtype, used.stride()) == (right.shape, right.dtype, right.stride())
+    assert (used.shape, used.dtype) == (right.shape, right.dtype)
+    strides = [x.stride(axis) for x in (used, right) for axis, n in enumerate(x.shape) if n > 1]
+    assert strides[: len(strides) // 2] == strides[len(strides) // 2 :]
     origin, options = used.for_loss()
     assert options["logit_scale"] == pytest.approx(scale, rel=1e-12)
     assert options["softcap"] == (softcap and pytest.approx(softcap, rel=1e-12))
