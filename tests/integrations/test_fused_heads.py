@@ -342,3 +342,43 @@ def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message), patched(model, **options):
         pytest.fail("entered")
     assert vars(model) == before
+
+
+class InFloat32(transformers.LlamaForCausalLM):
+    """Its head is outside of autocast, its loss is not."""
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.model(input_ids).last_hidden_state
+        with torch.autocast("cpu", enabled=False):
+            logits = self.lm_head(hidden.float())
+        return transformers.modeling_outputs.CausalLMOutput(
+            loss=self.loss_function(logits, labels, VOCAB_SIZE), logits=logits
+        )
+
+
+def test_autocast_of_the_head_counts_for_the_loss(calls):
+    found = []
+    for _ in range(2):
+        model = tiny(kind=InFloat32, initializer_range=0.5)
+        if found:
+            patch(model, fuse_head=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(model(**batch()).loss)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    assert len(calls) == 1
+
+
+class Frozen(transformers.LlamaForCausalLM):
+    """Nothing is to be learnt through its logits."""
+
+    def forward(self, input_ids, labels=None):
+        with torch.no_grad():
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        loss = self.loss_function(logits, labels, VOCAB_SIZE)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_a_head_without_gradients_has_a_loss_without_them(calls):
+    outputs = patch(tiny(kind=Frozen), fuse_head=True)(**batch())
+    assert len(calls) == 1 and not outputs.loss.requires_grad
+    assert not outputs.logits.sum().requires_grad
