@@ -145,7 +145,7 @@ def forward_of(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
         yield
         return
     given = {**dict(zip(_names_of_arguments(type(model)), args, strict=False)), **kwargs}
-    is_due = any(given.get(name) is not None for name in ("labels", "shift_labels"))
+    is_due = given.get("labels") is not None
     if is_due:
         _let_defer(model)  # at each forward: its head may be another than it was
     with loss_due(is_due):

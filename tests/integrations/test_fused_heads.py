@@ -113,7 +113,7 @@ def test_without_labels_logits_are_as_ever(name):
     cut = dict(input_ids=tokens(1, 4), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     written = model.generate(**cut)
     patch(model, fuse_head=True)
-    for given in ({}, dict(labels=None)):
+    for given in ({}, dict(labels=None), dict(shift_labels=tokens(3, 12))):
         logits = model(input_ids=tokens(3, 12), **given).logits
         assert type(logits) is torch.Tensor and torch.equal(logits, right)
     assert torch.equal(model.generate(**cut), written)
