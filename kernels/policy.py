@@ -143,14 +143,16 @@ def tangents_config(
 def row_splits(n_rows: int, vocab_size: int, element_size: int) -> int:
     """How many programs share a row of the forward: 1, but for few and long rows.
 
-    Each gets a whole step at least. The number depends on sizes alone, not on the GPU, so that a
-    loss is the same on all of them.
+    Each gets as many steps, the last what is left: none is without columns. The number depends on
+    sizes alone, not on the GPU, so that a loss is the same on all of them.
     """
     if not 0 < n_rows <= MAX_SPLIT_ROWS or vocab_size < SPLIT_VOCAB:
         return 1
     config = split_config(element_size)
-    steps = vocab_size // (config.block_v * config.unroll)
-    return max(1, min(FULL_GPU // n_rows, steps, MAX_SPLITS))
+    steps = -(-vocab_size // (config.block_v * config.unroll))
+    most = min(FULL_GPU // n_rows, steps, MAX_SPLITS)
+    each = -(-steps // most)
+    return -(-steps // each)
 
 
 @dataclass(frozen=True)
