@@ -1,5 +1,7 @@
 """Logits to loss: the public function, and which of the paths below computes it."""
 
+from typing import Literal, overload
+
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -15,6 +17,33 @@ from fused_ce.stats import CrossEntropyStats
 from fused_ce.tracing import is_traced, is_transformed, saved_tensors_have_hooks
 
 
+@overload
+def fused_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: Literal[False] = False,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def fused_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: Literal[True],
+) -> tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
+@overload
+def fused_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: bool,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
 def fused_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,

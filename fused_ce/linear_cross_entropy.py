@@ -1,6 +1,7 @@
 """Hidden states to loss: the public function, and which of the paths below computes it."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -19,6 +20,39 @@ from fused_ce.stats import CrossEntropyStats
 from fused_ce.tracing import is_traced, is_transformed
 
 
+@overload
+def fused_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: Literal[False] = False,
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def fused_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: Literal[True],
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
+@overload
+def fused_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: bool,
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
 def fused_linear_cross_entropy(
     hidden: torch.Tensor,
     linear_weight: torch.Tensor,

@@ -1,7 +1,10 @@
 """The loss as `torch.nn` modules."""
 
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
+
 import torch
 from torch import nn
+from typing_extensions import TypeVar
 
 from fused_ce.arguments import check_options
 from fused_ce.cross_entropy import fused_cross_entropy
@@ -9,6 +12,13 @@ from fused_ce.linear_arguments import check_cutting
 from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
 from fused_ce.options import LossOptions
 from fused_ce.stats import CrossEntropyStats
+
+# What a module returns, by the `return_stats` that it was made with.
+Returned = TypeVar(
+    "Returned",
+    bound=torch.Tensor | tuple[torch.Tensor, CrossEntropyStats],
+    default=torch.Tensor,
+)
 
 OPTIONS = (
     "ignore_index", "reduction", "label_smoothing", "dim", "normalizer", "z_loss", "logit_scale",
@@ -21,7 +31,7 @@ LINEAR_OPTIONS = (
 )  # fmt: skip
 
 
-class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
+class FusedCrossEntropyLoss(nn.CrossEntropyLoss, Generic[Returned]):
     """`torch.nn.CrossEntropyLoss` computed by `fused_cross_entropy`.
 
     Takes that class's arguments, in its order, and those of `fused_cross_entropy` as keywords;
@@ -48,6 +58,35 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         TypeError, ValueError: an option is not what `fused_cross_entropy` takes.
     """
 
+    @overload
+    def __init__(
+        self: "FusedCrossEntropyLoss[torch.Tensor]", weight: torch.Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
+        reduction: str = "mean", label_smoothing: float = 0.0, *, dim: int | None = None,
+        normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0,
+        logit_scale: float = 1.0, softcap: float | None = None, inplace: bool = False,
+        grad_in_forward: bool | None = None, return_stats: Literal[False] = False,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: "FusedCrossEntropyLoss[tuple[torch.Tensor, CrossEntropyStats]]",
+        weight: torch.Tensor | None = None, size_average: bool | None = None,
+        ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+        label_smoothing: float = 0.0, *, dim: int | None = None,
+        normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0,
+        logit_scale: float = 1.0, softcap: float | None = None, inplace: bool = False,
+        grad_in_forward: bool | None = None, return_stats: Literal[True],
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: "FusedCrossEntropyLoss[torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]]",
+        weight: torch.Tensor | None = None, size_average: bool | None = None,
+        ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+        label_smoothing: float = 0.0, *, dim: int | None = None,
+        normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0,
+        logit_scale: float = 1.0, softcap: float | None = None, inplace: bool = False,
+        grad_in_forward: bool | None = None, return_stats: bool,
+    ) -> None: ...  # fmt: skip
     def __init__(
         self,
         weight: torch.Tensor | None = None,
@@ -85,14 +124,24 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         del options["dim"]
         check_options(LossOptions(**options))
 
-    def forward(
+    if TYPE_CHECKING:  # nn.Module's takes and returns anything
+
+        def __call__(
+            self, input: torch.Tensor, target: torch.Tensor, *,
+            sample_weight: torch.Tensor | None = None,
+            normalizer: float | torch.Tensor | None = None,
+        ) -> Returned:  # fmt: skip
+            """`forward`, and the hooks of the module."""
+            ...
+
+    def forward(  # type: ignore[override]  # where torch's returns a tensor, always
         self,
         input: torch.Tensor,
         target: torch.Tensor,
         *,
         sample_weight: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+    ) -> Returned:
         """The loss of logits and targets; the names are torch's, all else is the function's."""
         options = self._options()
         if normalizer is not None:
@@ -112,11 +161,11 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
         """What `print(module)` shows between the brackets."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTIONS}
 
 
-class FusedLinearCrossEntropyLoss(nn.Module):
+class FusedLinearCrossEntropyLoss(nn.Module, Generic[Returned]):
     """`fused_linear_cross_entropy` as a module, which holds the options and the class weights.
 
     The weight of the head belongs to the model. Arguments are those of the function, as keywords.
@@ -127,6 +176,35 @@ class FusedLinearCrossEntropyLoss(nn.Module):
 
     weight: torch.Tensor | None
 
+    @overload
+    def __init__(
+        self: "FusedLinearCrossEntropyLoss[torch.Tensor]", *, weight: torch.Tensor | None = None,
+        ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+        normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0,
+        logit_scale: float = 1.0, softcap: float | None = None, grad_in_forward: bool | None = None,
+        return_stats: Literal[False] = False, logits_dtype: torch.dtype | None = None,
+        skip_ignored: bool | None = None, chunk_size: int | None = None,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: "FusedLinearCrossEntropyLoss[tuple[torch.Tensor, CrossEntropyStats]]", *,
+        weight: torch.Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+        label_smoothing: float = 0.0, normalizer: float | torch.Tensor | None = None,
+        z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+        grad_in_forward: bool | None = None, return_stats: Literal[True],
+        logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+        chunk_size: int | None = None,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: "FusedLinearCrossEntropyLoss[torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]]",
+        *, weight: torch.Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+        label_smoothing: float = 0.0, normalizer: float | torch.Tensor | None = None,
+        z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+        grad_in_forward: bool | None = None, return_stats: bool,
+        logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+        chunk_size: int | None = None,
+    ) -> None: ...  # fmt: skip
     def __init__(
         self,
         *,
@@ -165,6 +243,16 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         check_options(LossOptions(**{name: getattr(self, name) for name in of_loss}))
         check_cutting(skip_ignored, chunk_size)
 
+    if TYPE_CHECKING:  # nn.Module's takes and returns anything
+
+        def __call__(
+            self, hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor,
+            linear_bias: torch.Tensor | None = None, sample_weight: torch.Tensor | None = None, *,
+            normalizer: float | torch.Tensor | None = None,
+        ) -> Returned:  # fmt: skip
+            """`forward`, and the hooks of the module."""
+            ...
+
     def forward(
         self,
         hidden: torch.Tensor,
@@ -174,7 +262,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         sample_weight: torch.Tensor | None = None,
         *,
         normalizer: float | torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+    ) -> Returned:
         """The loss of hidden states and the head that makes logits of them."""
         options = self._options()
         if normalizer is not None:
@@ -188,5 +276,5 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         """What `print(module)` shows between the brackets."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in LINEAR_OPTIONS}

@@ -4,6 +4,8 @@ Every test compares with this file, so it is written to be read, not to be fast:
 tensors of the size of the logits.
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,33 @@ from fused_ce.rows import Rows, compute_dtype
 from fused_ce.stats import CrossEntropyStats
 
 
+@overload
+def reference_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: Literal[False] = False,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def reference_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: Literal[True],
+) -> tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
+@overload
+def reference_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: bool,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
 def reference_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -47,6 +76,39 @@ def reference_cross_entropy(
     return call.returned(reference(call.rows, call.options))
 
 
+@overload
+def reference_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: Literal[False] = False,
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def reference_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: Literal[True],
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
+@overload
+def reference_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: bool,
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
 def reference_linear_cross_entropy(
     hidden: torch.Tensor,
     linear_weight: torch.Tensor,

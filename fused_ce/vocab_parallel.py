@@ -1,6 +1,7 @@
 """The loss of a vocabulary that lies on several devices: the public functions."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,33 @@ from fused_ce.stats import CrossEntropyStats
 from fused_ce.tracing import is_transformed, saved_tensors_have_hooks, uncompiled
 
 
+@overload
+def vocab_parallel_cross_entropy(
+    logits_shard: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    group: "dist.ProcessGroup | None" = None, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: Literal[False] = False, shard_sizes: Sequence[int] | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def vocab_parallel_cross_entropy(
+    logits_shard: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    group: "dist.ProcessGroup | None" = None, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: Literal[True], shard_sizes: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
+@overload
+def vocab_parallel_cross_entropy(
+    logits_shard: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None, *,
+    group: "dist.ProcessGroup | None" = None, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, dim: int | None = None, sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, inplace: bool = False, grad_in_forward: bool | None = None,
+    return_stats: bool, shard_sizes: Sequence[int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
 @uncompiled
 def vocab_parallel_cross_entropy(
     logits_shard: torch.Tensor,
@@ -110,6 +138,42 @@ def vocab_parallel_cross_entropy(
     return call.returned(sharded_cross_entropy(source, rows, options, backend, exchange))
 
 
+@overload
+def vocab_parallel_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight_shard: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias_shard: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    group: "dist.ProcessGroup | None" = None, reduce_hidden_grad: bool = True,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: Literal[False] = False,
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None, shard_sizes: Sequence[int] | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def vocab_parallel_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight_shard: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias_shard: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    group: "dist.ProcessGroup | None" = None, reduce_hidden_grad: bool = True,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: Literal[True],
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None, shard_sizes: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
+@overload
+def vocab_parallel_linear_cross_entropy(
+    hidden: torch.Tensor, linear_weight_shard: torch.Tensor, targets: torch.Tensor, *,
+    linear_bias_shard: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    group: "dist.ProcessGroup | None" = None, reduce_hidden_grad: bool = True,
+    ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
+    sample_weight: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0, logit_scale: float = 1.0, softcap: float | None = None,
+    grad_in_forward: bool | None = None, return_stats: bool,
+    logits_dtype: torch.dtype | None = None, skip_ignored: bool | None = None,
+    chunk_size: int | None = None, shard_sizes: Sequence[int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]: ...  # fmt: skip
 @uncompiled
 def vocab_parallel_linear_cross_entropy(
     hidden: torch.Tensor,
