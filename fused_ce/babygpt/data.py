@@ -203,7 +203,7 @@ def _encode(data: str, text: str, folder: Path, sha256: str, tokenizer: Tokenize
             name: {
                 "characters": len(parts[name]),
                 "tokens": len(tokens),
-                "sha256": hashlib.sha256(tokens).hexdigest(),
+                "sha256": hashlib.sha256(tokens.data).hexdigest(),
             }
             for name, tokens in splits.items()
         },
@@ -233,7 +233,7 @@ def _open(folder: Path, sha256: str, tokenizer: Tokenizer) -> Dataset:
             splits[name] = np.empty(0, dtype)
         else:
             splits[name] = np.memmap(path, dtype=dtype, mode="r")
-        if hashlib.sha256(splits[name]).hexdigest() != split["sha256"]:
+        if hashlib.sha256(splits[name].data).hexdigest() != split["sha256"]:
             raise ValueError(f"{path} is damaged")
         characters[name] = split["characters"]
     return Dataset(splits, characters, tokenizer, sha256)

@@ -27,9 +27,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # on Linux the other figure is at least that of the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-    except (OSError, TypeError):  # no such file, or without such a line
-        pass
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:  # no such file
+        found = None
+    if found is not None:
+        return 1024 * int(found[1])
     import resource  # not on Windows, where `sample` and `eval` work all the same
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fused_ce.babygpt.config import TrainConfig
 from fused_ce.babygpt.device import resolve_device
 from fused_ce.babygpt.errors import UserError
+from fused_ce.babygpt.model import BabyGPT
 from fused_ce.babygpt.parallel import (
     clip_gradients,
     has_sharded_vocabulary,
@@ -98,7 +99,7 @@ def world(device_name: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+def distribute(model: BabyGPT, config: TrainConfig, world: World) -> nn.Module:
     """Return the model to call: its backward pass averages the gradients over the processes.
 
     With --fsdp the parameters of the model itself become shards, with --vocab-parallel those of
@@ -141,7 +142,8 @@ def _shard(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     )
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -153,7 +155,7 @@ def is_sharded(model: nn.Module) -> bool:
 def averaging(model: nn.Module, now: bool) -> Iterator[None]:
     """Forward and backward in here average the gradients, or (now=False) add to them locally."""
     if is_sharded(model):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(now)  # type: ignore[operator]  # of FSDPModule
     elif not now and isinstance(model, nn.parallel.DistributedDataParallel):
         with model.no_sync():
             yield
@@ -166,11 +168,14 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     if has_sharded_vocabulary(model):
         return clip_gradients(model, max_norm)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if is_sharded(model) else norm
+    if is_sharded(model):
+        norm = norm.full_tensor()  # type: ignore[attr-defined]  # a DTensor has it
+    return norm
 
 
 def count_parameters(model: nn.Module) -> int:
     """Return how many numbers the whole model has."""
+    counts: dict[Tensor, int]
     counts = {parameter: parameter.numel() for parameter in model.parameters()}
     if has_sharded_vocabulary(model):
         for part in sharded_parameters(model):

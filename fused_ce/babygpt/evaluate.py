@@ -1,10 +1,11 @@
 """How good the model is: an estimate while it trains, an exact figure afterwards."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_ce.babygpt import data as batches  # `data` is the name of an argument here
 from fused_ce.babygpt.checkpoint import load_model
@@ -20,7 +21,7 @@ ESTIMATE_SEED = 0
 @torch.no_grad()
 def estimate_loss(
     model: nn.Module,
-    data: dict,
+    data: Mapping[str, np.ndarray | Tensor],
     batch_size: int,
     block_size: int,
     eval_iters: int,
@@ -75,10 +76,10 @@ def exact_loss(model: BabyGPT, tokens: np.ndarray, batch_size: int = 64) -> floa
     """
     device = next(model.parameters()).device
     block_size = model.config.block_size
-    tokens = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-    x, y = tokens[:-1], tokens[1:]
+    sequence = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    x, y = sequence[:-1], sequence[1:]
     n_full = len(x) // block_size * block_size
-    pieces = []
+    pieces: list[tuple[Tensor, Tensor]] = []
     if n_full:
         windows = [piece[:n_full].view(-1, block_size).split(batch_size) for piece in (x, y)]
         pieces += zip(*windows, strict=True)

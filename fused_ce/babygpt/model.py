@@ -55,7 +55,7 @@ def linear_loss(
 
 
 # Of logits, targets and normalizer; "linear" alone is of hidden states and the head.
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "fused": fused_loss, "linear": linear_loss, "torch": torch_loss, "compiled": compiled_loss,
 }  # fmt: skip
 
@@ -152,8 +152,9 @@ class BabyGPT(nn.Module):
         """Make the layers and draw their weights from PyTorch's global generator."""
         super().__init__()
         self.config = config
+        self.loss: Callable[..., Tensor]
         self.loss = partial(fused_loss, inplace=True) if inplace else LOSSES[loss]
-        self.loss_takes_head = loss == "linear"  # and hidden states, rather than logits
+        self.loss_takes_head: bool = loss == "linear"  # and hidden states, rather than logits
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.n_layer:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)

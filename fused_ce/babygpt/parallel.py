@@ -7,6 +7,7 @@ loss exchanges a few numbers a token, and sums the gradient of the hidden states
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -140,22 +141,25 @@ def shard_vocabulary(
     sizes = tuple(share + (of_rank < n_larger) for of_rank in range(n_processes))
     shards = Shards(sizes, rank)
 
-    def mine(whole):
-        return None if whole is None else nn.Parameter(shards.mine(whole.detach()).clone())
+    def mine(whole: Tensor) -> nn.Parameter:
+        return nn.Parameter(shards.mine(whole.detach()).clone())
 
-    head = ShardedHead(mine(model.head.weight), mine(model.head.bias), shards)
+    bias = None if model.head.bias is None else mine(model.head.bias)
+    head = ShardedHead(mine(model.head.weight), bias, shards)
     weight = head.weight if model.config.tie_weights else mine(model.token_embedding.weight)
-    model.token_embedding, model.head = ShardedEmbedding(weight, shards), head
+    # A part stands where the whole is declared.
+    model.token_embedding = ShardedEmbedding(weight, shards)  # type: ignore[assignment]
+    model.head = head  # type: ignore[assignment]
     model.loss = _linear_loss if loss == "linear" else partial(_fused_loss, inplace=inplace)
     model.loss_takes_head = True
 
 
-def has_sharded_vocabulary(model: nn.Module) -> bool:
+def has_sharded_vocabulary(model: nn.Module) -> TypeGuard[BabyGPT]:
     """Whether this process has a part of the model's vocabulary only."""
     return isinstance(getattr(model, "head", None), ShardedHead)
 
 
-def sharded_parameters(model: BabyGPT) -> dict[nn.Parameter, None]:
+def sharded_parameters(model: BabyGPT) -> dict[Tensor, None]:
     """Return the parameters of which this process has a part, in the order of the model's."""
     parts = (model.token_embedding.weight, model.head.weight, model.head.bias)
     return dict.fromkeys(part for part in parts if part is not None)
@@ -168,11 +172,13 @@ def clip_gradients(model: BabyGPT, max_norm: float) -> Tensor:
     fixed order differ in their last bits, and the copies would drift apart.
     """
     sharded = sharded_parameters(model)
-    copies = [p.grad for p in model.parameters() if p not in sharded]
+    copies = [p.grad for p in model.parameters() if p not in sharded and p.grad is not None]
     if copies:
         _take_the_first_ones(copies)
     of_copies = torch.nn.utils.get_total_norm(copies).double()
-    of_shards = torch.nn.utils.get_total_norm([p.grad for p in sharded]).double()
+    of_shards = torch.nn.utils.get_total_norm(
+        [p.grad for p in sharded if p.grad is not None]
+    ).double()
     square = of_shards.square()
     dist.all_reduce(square)
     norm = (square + of_copies.square()).sqrt().float()
@@ -188,9 +194,13 @@ def _take_the_first_ones(tensors: list[Tensor]) -> None:
         tensor.copy_(piece.view_as(tensor))
 
 
+def _shards_of(model: BabyGPT) -> Shards:
+    return model.head.shards  # type: ignore[return-value]  # the head is a ShardedHead
+
+
 def whole_state(model: BabyGPT, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """Return the states that model and optimiser would have in one process; all call it."""
-    shards, parts = model.head.shards, sharded_parameters(model)
+    shards, parts = _shards_of(model), sharded_parameters(model)
     wholes = {part: shards.whole(part) for part in parts}  # tied ones once
     model_state = {
         name: wholes[value] if value in wholes else value.detach()
@@ -203,7 +213,7 @@ def load_whole_state(
     model: BabyGPT, optimizer: torch.optim.Optimizer, model_state: dict, optimizer_state: dict
 ) -> None:
     """Load what `whole_state` returned, or one process saved; every process takes its rows."""
-    shards, parts = model.head.shards, sharded_parameters(model)
+    shards, parts = _shards_of(model), sharded_parameters(model)
     own = model.state_dict(keep_vars=True)
     model.load_state_dict(
         {

@@ -66,7 +66,7 @@ class Run:
         counts[1].fill_(self.wants_to_stop)
         self.world.sum(counts)
         normalizer = counts[0].clamp(min=1) / self.world.size  # see distributed.py
-        losses = []
+        losses: list[Tensor] = []
         self.optimizer.zero_grad()
         for x, y in micro_batches:
             with averaging(self.parallel, now=len(losses) + 1 == config.grad_accum):

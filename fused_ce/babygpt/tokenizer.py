@@ -20,20 +20,42 @@ LONGEST_WORD = 256
 class Tokenizer(Protocol):
     """What a tokenizer has; `make_tokenizer(kind, vocabulary)` makes an equal one."""
 
-    kind: str  # "chars" or "bpe"
-    unit: str  # what a person calls a token
-    vocabulary: str  # everything that it learnt
-    vocab_size: int
-    start: str  # what a text without a prompt is taken to follow
+    @property
+    def kind(self) -> str:
+        """ "chars" or "bpe"."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a person calls a token."""
+        ...
+
+    @property
+    def vocabulary(self) -> str:
+        """Everything that it learnt."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        ...
+
+    @property
+    def start(self) -> str:
+        """What a text without a prompt is taken to follow."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text, (n,) uint16 or uint32."""
+        ...
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of the tokens."""
+        ...
 
     def incremental_decoder(self) -> IncrementalDecoder:
         """Return `decode(tokens, final=False)` for a text whose tokens come bit by bit."""
+        ...
 
 
 class CharTokenizer:
@@ -177,7 +199,9 @@ class BPETokenizer:
         return decode
 
 
-TOKENIZERS = {"chars": CharTokenizer, "bpe": BPETokenizer}
+TOKENIZERS: dict[str, type[CharTokenizer] | type[BPETokenizer]] = {
+    "chars": CharTokenizer, "bpe": BPETokenizer,
+}  # fmt: skip
 
 
 def make_tokenizer(kind: str, vocabulary: str) -> Tokenizer:

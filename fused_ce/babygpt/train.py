@@ -203,7 +203,7 @@ def _evaluate(run: Run, tokens_per_s: float) -> dict[str, float]:
         "step": run.step,
         "train": losses["train"],
         "val": losses["val"],
-        "lr": run.schedule.get_last_lr()[0],
+        "lr": float(run.schedule.get_last_lr()[0]),
         "tokens_per_s": tokens_per_s,
         "peak_memory_bytes": peak_memory_bytes(run.world.device),
     }
