@@ -4,14 +4,14 @@ import math
 import numbers
 import operator
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, as_rows
 from fused_ce.stats import CrossEntropyStats
-from fused_ce.tracing import jit_trace_paused
+from fused_ce.tracing import PLAIN_DISPATCH, jit_trace_paused
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (
@@ -104,7 +104,10 @@ def _prepare_for_jit(logits, targets, weight, sample_weight, dim, options) -> Ca
         rows = rows._replace(normalizer=options.normalizer.detach().to(logits.device))
     if isinstance(options.ignore_index, torch.Tensor):
         of_call = options.ignore_index.to(logits.device).flatten()
-        checked = checked._replace(options=checked.options._replace(ignore_index=of_call))
+        options = checked.options._replace(
+            ignore_index=of_call  # type: ignore[arg-type]  # as an int it would be a constant
+        )
+        checked = checked._replace(options=options)
     return checked._replace(rows=rows, batch_shape=logits.select(checked.dim, 0).shape)
 
 
@@ -125,7 +128,7 @@ def check_options(options: LossOptions) -> None:
         if not 0.0 < options.softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, got {options.softcap}")
     if options.normalizer is not None:
-        _check_normalizer(options)
+        _check_normalizer(options.normalizer, options.reduction)
     for name, value in (("inplace", options.inplace), ("return_stats", options.return_stats)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -148,7 +151,7 @@ def _check_number(name: str, value: object, or_else: str = "") -> None:
         raise ValueError(f"{name} must be finite, got a number beyond float64") from None
 
 
-def _check_ignore_index(value: object) -> None:
+def _check_ignore_index(value: Any) -> None:
     if type(value) is not int:
         try:
             if isinstance(value, bool):
@@ -161,11 +164,10 @@ def _check_ignore_index(value: object) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {value}")
 
 
-def _check_normalizer(options: LossOptions) -> None:
-    normalizer = options.normalizer
-    if options.reduction != "mean":
+def _check_normalizer(normalizer: float | torch.Tensor, reduction: str) -> None:
+    if reduction != "mean":
         raise ValueError(
-            f'normalizer replaces what "mean" divides by, got reduction={options.reduction!r}: '
+            f'normalizer replaces what "mean" divides by, got reduction={reduction!r}: '
             'divide that yourself, or pass reduction="mean"'
         )
     if not isinstance(normalizer, torch.Tensor):
@@ -190,9 +192,9 @@ def _checked_normalizer(
     if normalizer.device == device:
         return normalizer.detach(), options._replace(normalizer=None)
     if normalizer.device.type == "cpu":  # the host has its value already
-        options = options._replace(normalizer=normalizer.item())
-        _check_normalizer(options)
-        return None, options
+        number = normalizer.item()
+        _check_normalizer(number, options.reduction)
+        return None, options._replace(normalizer=number)
     raise ValueError(f"logits on {device} need normalizer there, got {normalizer.device}")
 
 
@@ -207,7 +209,7 @@ def _with_plain_numbers(options: LossOptions) -> LossOptions:
     ):  # as nearly always
         return options
     names = ("label_smoothing", "z_loss", "logit_scale", "softcap", "normalizer")
-    changed = {
+    changed: dict[str, Any] = {
         name: float(value)
         for name in names
         if (value := getattr(options, name)) is not None and type(value) is not float
@@ -245,9 +247,9 @@ def class_axis(
             )
         return len(shape) - 1 if dim is None else dim
     if dim is not None:
-        need = shape[:dim] + shape[dim + 1 :]
-        if got != need:
-            raise ValueError(f"logits {shape} with dim={dim} need targets {need}, got {got}")
+        others = shape[:dim] + shape[dim + 1 :]
+        if got != others:
+            raise ValueError(f"logits {shape} with dim={dim} need targets {others}, got {got}")
         return dim
     last, second = shape[:-1], shape[:1] + shape[2:]  # what (..., V) and (N, C, d1, ...) leave
     if len(shape) <= 2:
@@ -341,7 +343,7 @@ def check_memory(rows: Rows) -> None:
         kind = type(tensor)
         if tensor is None or kind is torch.Tensor:
             continue
-        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        if kind.__torch_dispatch__ is not PLAIN_DISPATCH:  # type: ignore[union-attr]  # no None
             raise TypeError(
                 f"{name} must be a plain tensor, got a {kind.__name__}, which computes by itself: "
                 "pass what it holds (to_local() of a DTensor), or use backend('reference')"
@@ -356,10 +358,11 @@ def check_overwritable(logits: torch.Tensor) -> None:
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return
     root = logits if logits._base is None else logits._base
+    operation = root.grad_fn
     for name in ("_saved_result", "_saved_output"):
-        if getattr(root.grad_fn, name, None) is not None:
+        if operation is not None and getattr(operation, name, None) is not None:
             raise ValueError(
-                f"inplace=True would overwrite logits that {root.grad_fn.name()} keeps for its own "
+                f"inplace=True would overwrite logits that {operation.name()} keeps for its own "
                 "gradient: pass inplace=False, or a clone; a cap by tanh is softcap= here"
             )
 

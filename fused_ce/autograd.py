@@ -36,7 +36,7 @@ def cross_entropy(
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
         if needs_grad:
-            rows = Rows(*(tensor if tensor is None else tensor.detach() for tensor in rows))
+            rows = Rows._make(tensor if tensor is None else tensor.detach() for tensor in rows)
         outputs = outputs_of(implementation(backend).forward(rows, options), options)
     if options.return_stats and options.reduction == "none":
         return outputs[0], *outputs
@@ -48,7 +48,9 @@ def outputs_of(result: Result, options: LossOptions) -> tuple[torch.Tensor, ...]
     if not options.return_stats:
         return (result.loss,)
     losses = () if options.reduction == "none" else (result.losses,)
-    return result.loss, *losses, result.lse, result.entropy, result.predictions
+    return (  # pyright: ignore[reportReturnType]  # what was asked for is there
+        result.loss, *losses, result.lse, result.entropy, result.predictions,
+    )  # fmt: skip
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -227,7 +229,7 @@ def _second_reading(
     ctx.implementation.backward(
         upstream, rows._replace(logits=logits), saved, options, grad_logits, grad_targets
     )
-    if needs_logits and is_over(grad_logits, logits):
+    if grad_logits is not None and is_over(grad_logits, logits):
         increment_version(logits)
     return grad_logits, grad_targets
 

@@ -67,7 +67,7 @@ def choose(device: torch.device) -> str:
 
 
 # What torch.compiler.assume_constant_result sets; that imports all of Dynamo.
-choose._dynamo_marked_constant = True
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function may have any
 
 
 def _has_triton() -> bool:

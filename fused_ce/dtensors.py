@@ -5,6 +5,8 @@ its own columns) or over a batch axis (each rank then has its own rows, and all 
 divisor). Everything else is refused by name: gathering is the caller's to decide.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -161,7 +163,7 @@ class _BatchShard:
             result, stats = result if options["return_stats"] else (result, None)
             of_rows = options["reduction"] == "none"
             loss = self.placed(result) if of_rows else DTensor.from_local(result, mesh, [Partial()])
-        if not options["return_stats"]:
+        if stats is None:
             return loss
         return loss, CrossEntropyStats(*map(self.placed, stats))
 
@@ -176,7 +178,7 @@ class _BatchShard:
         )
 
 
-def _placement(name, tensor):
+def _placement(name, tensor) -> tuple[Any, str, Any]:
     """(mesh, "replicate" or "shard", axis) of a DTensor on a mesh of one dimension."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -244,7 +246,7 @@ def _whole(name, tensor, mesh):
     return tensor.to_local()
 
 
-def _cut(name, tensor, mesh, axis, size):
+def _cut(name, tensor, mesh, axis, size) -> Any:
     """This rank's part of an axis, of a tensor that is whole or cut there already."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

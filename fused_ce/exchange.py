@@ -10,7 +10,7 @@ import os
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -202,7 +202,7 @@ def check_agreement(
     if rows.normalizer is not None:
         facts["normalizer"] = float(rows.normalizer)
     facts["weight"] = rows.weight is not None
-    of_ranks = [None] * dist.get_world_size(group)
+    of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, facts, group=group)
     names = sorted(set().union(*of_ranks))
     differing = [
@@ -230,7 +230,8 @@ def all_reduced(tensor: torch.Tensor, group: "dist.ProcessGroup") -> torch.Tenso
 
 def _all_gather(received, sent, group) -> "dist.Work":
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(received.view(-1), sent, group=group, async_op=True)
+    # A Work it is because async_op is True.
+    return gather(received.view(-1), sent, group=group, async_op=True)  # pyright: ignore[reportReturnType]
 
 
 def _as_bits(integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

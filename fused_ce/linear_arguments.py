@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fused_ce.arguments import LOGITS_DTYPES, TARGET_DTYPES
-from fused_ce.tracing import is_autocast, jit_trace_paused
+from fused_ce.tracing import PLAIN_DISPATCH, is_autocast, jit_trace_paused
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -43,7 +43,7 @@ def prepare_head(
         _check_shapes(hidden, linear_weight, linear_bias, targets, is_shard)
     kind = hidden.device.type
     if is_autocast(kind):
-        hidden, linear_weight, linear_bias = (
+        hidden, linear_weight, linear_bias = (  # type: ignore[assignment]  # None stays None
             tensor
             if tensor is None or tensor.dtype == torch.float64
             else tensor.to(torch.get_autocast_dtype(kind))
@@ -78,8 +78,11 @@ def check_whole(head: Head) -> None:
     for name, tensor in (
         ("hidden", head.hidden), ("linear_weight", head.weight), ("linear_bias", head.bias),
     ):  # fmt: skip
+        if tensor is None:
+            continue
         kind = type(tensor)
-        if tensor is None or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        # Its stub says that it is a method.
+        if kind.__torch_dispatch__ is PLAIN_DISPATCH:  # pyright: ignore[reportAttributeAccessIssue]
             continue
         raise TypeError(
             f"{name} must be a plain tensor, got a {kind.__name__}, which computes by itself: pass "

@@ -12,17 +12,16 @@ from fused_ce.arguments import check_targets_on_host
 from fused_ce.autograd import grad_of_sample_weight
 from fused_ce.backend import implementation
 from fused_ce.linear_chunks import Plan, cut, merged, placed, without_autocast
-from fused_ce.linear_products import Gradients, Products
+from fused_ce.linear_products import Gradients, Operands, Products
 from fused_ce.reference import linear_logits, reference
 from fused_ce.row_losses import cross_entropy_of_rows, grads_of_used, mean_divisor
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype, empty_gradient
 from fused_ce.tracing import graph_is_kept, is_batched_or_dual, is_traced
 
 N_TENSORS = 7  # hidden, weight, bias, targets, class_weight, sample_weight, normalizer
-Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden (n_rows, H), weight, bias
 
 
-def linear_cross_entropy(head: Head, rows: Rows, plan: Plan) -> tuple[torch.Tensor, ...]:
+def linear_cross_entropy(head: Operands, rows: Rows, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats.
 
     The rows are (1, n_rows, ...); of their logits only the shape is asked.
@@ -34,7 +33,7 @@ def linear_cross_entropy(head: Head, rows: Rows, plan: Plan) -> tuple[torch.Tens
     # Gradients summed over rows cannot be multiplied by an upstream gradient per row.
     in_forward = not needs_targets and options.reduction != "none"
     if not (in_forward and options.makes_grad_in_forward(head[0].dtype)):
-        needs_head = False, False, False
+        needs_head = [False, False, False]
     losses_of = torch.ops.fused_ce.linear_losses if is_traced(head[0]) else LinearLosses.apply
     loss, losses, _, lse, entropy, predictions, *_ = losses_of(
         *tensors, *needs_head, needs_sample_weight, *plan.flat()
@@ -94,7 +93,7 @@ class LinearLosses(torch.autograd.Function):
         needs = needs_hidden, needs_weight, needs_bias
         result, kept, grads = _forward((hidden, weight, bias), rows, plan, needs, unweighted)
         divisor = result.divisor
-        if normalizer is not None and divisor.dtype == normalizer.dtype:
+        if divisor is not None and normalizer is not None and divisor.dtype == normalizer.dtype:
             divisor = divisor.clone()  # it is the normalizer: results may not be arguments
         losses = result.losses if plan.options.reduction != "none" else None
         found = (
@@ -200,9 +199,10 @@ def linear_gradients(
 
 def _rows(tensors, plan: Plan) -> Rows:
     """The rows of (hidden, weight, bias, targets, ...); their logits take no memory."""
-    hidden, weight, _, *others = (None if t is None else t.detach() for t in tensors)
+    hidden, weight, _, *others = tensors
     shape = 1, hidden.shape[0], weight.shape[0]
-    return Rows(hidden.new_zeros((), dtype=plan.logits_dtype).expand(shape), *others)
+    logits = hidden.detach().new_zeros((), dtype=plan.logits_dtype).expand(shape)
+    return Rows._make([logits, *(None if t is None else t.detach() for t in others)])
 
 
 def _checked_as(backend: str) -> str:
@@ -210,7 +210,7 @@ def _checked_as(backend: str) -> str:
     return "triton" if backend == "triton" else "reference"
 
 
-def _forward(head, rows, plan, needs, unweighted):
+def _forward(head: Operands, rows, plan, needs, unweighted):
     """(result, what backward needs of each row, gradients)."""
     of_rows = implementation(plan.backend)
     options = plan.options
@@ -231,8 +231,8 @@ def _forward(head, rows, plan, needs, unweighted):
             logits = chunk.rows.logits
             results.append(of_rows.forward_with_grad(chunk.rows, options, logits, unweighted))
             grads.add(chunk, logits[0])
-        grads = [None] * 3 if grads is None else grads.finished()
-    return merged(results, pieces, rows, options), _kept(results, pieces, rows), grads
+        made = [None] * 3 if grads is None else grads.finished()
+    return merged(results, pieces, rows, options), _kept(results, pieces, rows), made
 
 
 def _kept(results: list[Result], pieces, rows) -> tuple[torch.Tensor | None, ...]:

@@ -1,8 +1,8 @@
 """How the rows of a call are cut into chunks, and the results of the chunks put together."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,6 +112,7 @@ def cut(rows: Rows, plan: Plan, device: torch.device) -> Cut:
     size = plan.chunk_size
     if size is None:
         size = rows_at_once(n_rows, vocab_size, plan.logits_dtype, device.type)
+    parts: list[Part]
     parts = [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
     if counted is not None:
         parts = [counted[part] for part in parts]
@@ -124,9 +125,9 @@ def merged(results: list[Result], cut: Cut, rows: Rows, options: LossOptions) ->
     if options.reduction != "none":
         losses = [result.loss for result in results]
         total = torch.stack(losses).sum() if losses else rows.logits.new_zeros((), dtype=dtype)
-        if not losses and options.reduction == "mean":
+        if not losses and rows.normalizer is not None:
             total = total / rows.normalizer
-    fields = {}
+    fields: dict[str, Any] = {}
     for name in ("losses", "unweighted", "lse", "entropy", "predictions"):
         found = [getattr(result, name) for result in results]
         if name == "losses" and options.reduction == "none":
@@ -140,7 +141,7 @@ def merged(results: list[Result], cut: Cut, rows: Rows, options: LossOptions) ->
     return Result(loss, divisor=divisor, **fields)
 
 
-def placed(found: list[torch.Tensor], cut: Cut, out: torch.Tensor) -> torch.Tensor:
+def placed(found: Sequence[torch.Tensor], cut: Cut, out: torch.Tensor) -> torch.Tensor:
     """The values of the parts where their rows are."""
     for part, values in zip(cut.parts, found, strict=True):
         out[part] = values

@@ -10,7 +10,7 @@ from fused_ce.arguments import check_memory, prepare
 from fused_ce.backend import choose
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.dtensors import is_dtensor, linear_cross_entropy_of_dtensors
-from fused_ce.linear_arguments import check_cutting, check_whole, prepare_head
+from fused_ce.linear_arguments import Head, check_cutting, check_whole, prepare_head
 from fused_ce.linear_autograd import linear_cross_entropy
 from fused_ce.linear_chunks import Plan, without_autocast
 from fused_ce.options import LossOptions
@@ -135,7 +135,6 @@ def fused_linear_cross_entropy(
             skip_ignored=skip_ignored, chunk_size=chunk_size,
         )  # fmt: skip
     check_cutting(skip_ignored, chunk_size)
-    tensors = hidden, linear_weight, linear_bias, targets, weight, sample_weight, normalizer
     if any(map(is_dtensor, tensors)):
         return linear_cross_entropy_of_dtensors(
             fused_linear_cross_entropy, hidden, linear_weight, targets, linear_bias=linear_bias,
@@ -147,8 +146,8 @@ def fused_linear_cross_entropy(
         )  # fmt: skip
     head = prepare_head(hidden, linear_weight, linear_bias, targets, logits_dtype)
     backend = choose(hidden.device)
-    tensors = (head.hidden, head.weight, head.bias, targets, sample_weight)
-    if backend == "reference" or torch.jit.is_tracing() or is_transformed(tensors):
+    operands = (head.hidden, head.weight, head.bias, targets, sample_weight)
+    if backend == "reference" or torch.jit.is_tracing() or is_transformed(operands):
         with without_autocast(hidden.device):
             logits = linear_logits(*head[:3], targets, ignore_index, head.logits_dtype)
         return fused_cross_entropy(
@@ -165,7 +164,15 @@ def fused_linear_cross_entropy(
     return _in_chunks(head, targets, weight, sample_weight, options, backend, cutting)
 
 
-def _in_chunks(head, targets, weight, sample_weight, options, backend, cutting):
+def _in_chunks(
+    head: Head,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None,
+    sample_weight: torch.Tensor | None,
+    options: LossOptions,
+    backend: str,
+    cutting: tuple[bool | None, int | None],
+) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
     """The loss without whole logits; cutting is (skip_ignored, chunk_size)."""
     call = prepare(head.stand_in(), targets, weight, sample_weight, -1, options)
     if not is_traced(head.hidden):

@@ -5,13 +5,17 @@ emulates these, and takes four times as long as for float32: there operands of 1
 float32, a block of the vocabulary at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from fused_ce.cpu import machine
-from fused_ce.linear_chunks import Chunk, Part, padded
+from fused_ce.linear_chunks import Chunk, Part, Plan, padded
 from fused_ce.rows import Rows, compute_dtype
+
+# Hidden states (n_rows, H), the weight of a head (V, H), and its bias (V,).
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 BLOCK = 1024  # classes whose weights are copied at once: 2 MiB for H = 512; more is not faster
 
@@ -42,12 +46,14 @@ def _rounded(grad_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Products:
     """The matrix products that lead from hidden states to logits, a chunk at a time."""
 
-    def __init__(self, hidden, weight, bias, rows, plan, n_rows):
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        rows: Rows, plan: Plan, n_rows: int,
+    ):  # fmt: skip
         """For chunks of at most n_rows of hidden (n_rows, H); rows have all but the logits."""
-        self.hidden, self.weight, self.bias = (
-            None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias)
-        )
-        self.rows = Rows(*(None if tensor is None else tensor.detach() for tensor in rows))
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.rows = Rows._make(None if tensor is None else tensor.detach() for tensor in rows)
         self.dtype = plan.logits_dtype
         self.by_copies = _needs_copies(hidden, self.dtype)
         self.vocab_size = weight.shape[0]
@@ -92,7 +98,10 @@ class Products:
 class Gradients:
     """Of hidden states, weight and bias, those that are needed: sums over chunks."""
 
-    def __init__(self, hidden, weight, bias, needs, n_chunks, covers_all, wide_hidden=False):
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        needs: Sequence[bool], n_chunks: int, covers_all: bool, wide_hidden: bool = False,
+    ):  # fmt: skip
         """Places for them; rows that no chunk has get 0.
 
         `wide_hidden` is summed with others before it is rounded.
@@ -100,7 +109,9 @@ class Gradients:
         self.head_weight = weight.detach()
         self.by_copies = _needs_copies(hidden, hidden.dtype)
         needs_hidden, needs_weight, needs_bias = needs
-        self.hidden = self.weight = self.bias = None
+        self.hidden: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
         if needs_hidden:
             dtype = compute_dtype(hidden) if wide_hidden else hidden.dtype
             self.hidden = hidden.new_empty(hidden.shape, dtype=dtype)
@@ -111,7 +122,7 @@ class Gradients:
             self.weight = weight.new_empty(weight.shape, dtype=dtype)
             if n_chunks == 0:
                 self.weight.zero_()
-        if needs_bias:
+        if needs_bias and bias is not None:
             self.bias = bias.new_zeros(bias.shape, dtype=compute_dtype(bias))
         self.is_first = True
 
@@ -127,29 +138,28 @@ class Gradients:
 
     def _add(self, chunk, grad):
         if self.hidden is not None:
-            self._add_hidden(chunk, grad)
+            self._add_hidden(chunk, grad, self.hidden)
         if self.weight is None:
             return
         hidden = chunk.hidden
         if self.weight.device.type == "cpu":  # where a product has one dtype
             grad, hidden = grad.to(self.weight.dtype), hidden.to(self.weight.dtype)
+        in_dtype: dict[str, Any]
         in_dtype = {} if grad.dtype == self.weight.dtype else dict(out_dtype=self.weight.dtype)
         if self.is_first:
             torch.mm(grad.T, hidden, out=self.weight, **in_dtype)
         else:
             torch.addmm(self.weight, grad.T, hidden, out=self.weight, **in_dtype)
 
-    def _add_hidden(self, chunk, grad):
-        is_wide = self.hidden.dtype != grad.dtype
+    def _add_hidden(self, chunk, grad, out):
+        is_wide = out.dtype != grad.dtype
         if isinstance(chunk.part, slice) and not is_wide:
-            torch.mm(grad, self.head_weight, out=self.hidden[chunk.part])
+            torch.mm(grad, self.head_weight, out=out[chunk.part])
             return
         out_dtype = {}
         if is_wide and grad.device.type != "cpu":
-            out_dtype = dict(out_dtype=self.hidden.dtype)
-        self.hidden[chunk.part] = torch.mm(grad, self.head_weight, **out_dtype).to(
-            self.hidden.dtype
-        )
+            out_dtype = dict(out_dtype=out.dtype)
+        out[chunk.part] = torch.mm(grad, self.head_weight, **out_dtype).to(out.dtype)
 
     def _add_by_copies(self, chunk, grad_logits):
         """One copy of a block's gradients for both products."""

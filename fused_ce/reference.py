@@ -157,8 +157,8 @@ def linear_logits(
     """Whole logits (..., V), of hidden states (..., H) that are cleared in ignored rows."""
     if not targets.is_floating_point():
         hidden = hidden.masked_fill((targets.long() == ignore_index)[..., None], 0.0)
-    operands = (hidden, linear_weight, linear_bias)
-    return F.linear(*(None if tensor is None else tensor.to(logits_dtype) for tensor in operands))
+    bias = None if linear_bias is None else linear_bias.to(logits_dtype)
+    return F.linear(hidden.to(logits_dtype), linear_weight.to(logits_dtype), bias)
 
 
 def reference(rows: Rows, options: LossOptions) -> tuple[torch.Tensor, ...]:

@@ -57,7 +57,7 @@ class RowTangents(torch.autograd.Function):
     def backward(ctx, *grads):
         """By differentiating `dense_tangents`."""
         function, primals, places = _dense_function(ctx)
-        values, vjp = torch.func.vjp(function, *primals)
+        values, vjp, *_ = torch.func.vjp(function, *primals)
         found = dict(zip(places, vjp(_like(values, _made(grads, ctx))), strict=True))
         needed = ctx.needs_input_grad
         return tuple(found.get(i) if needs else None for i, needs in enumerate(needed))
@@ -93,7 +93,7 @@ def dense_tangents(
         return loss, lse, entropy
 
     def gradients(*primals):
-        values, vjp = torch.func.vjp(rows, *primals)
+        values, vjp, *_ = torch.func.vjp(rows, *primals)
         return vjp(_like(values, (grad_losses, grad_lse, grad_entropy)))
 
     def both(*primals):
@@ -110,8 +110,8 @@ def dense_tangents(
 def _jvp(function, primals, tangents):
     """The derivative along tangents, by differentiating in reverse twice: forward levels neither
     nest everywhere nor take tensors whose elements share memory."""
-    values, vjp = torch.func.vjp(function, *primals)
-    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(value) for value in values))
+    values, vjp, *_ = torch.func.vjp(function, *primals)
+    _, transposed, *_ = torch.func.vjp(vjp, tuple(torch.zeros_like(value) for value in values))
     return transposed(tangents)[0]
 
 

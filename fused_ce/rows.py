@@ -6,9 +6,11 @@ contiguous becomes a single group.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Given = TypeVar("Given", bound=torch.Tensor | None)
 
 
 class Rows(NamedTuple):
@@ -54,7 +56,7 @@ class Upstream(NamedTuple):
     None stands for no gradient.
     """
 
-    loss: torch.Tensor | None
+    loss: torch.Tensor | float | None  # the number 1 on a CPU
     lse: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
@@ -133,7 +135,7 @@ def compute_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def in_memory(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def in_memory(tensor: Given) -> Given:
     """The tensor with its elements where they say they are, which a pointer can follow.
 
     A lazy negative bit (of `x.conj().imag`) stands for elements of the other sign, and a zero
@@ -141,7 +143,7 @@ def in_memory(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """
     if tensor is None or not (tensor.is_neg() or tensor._is_zerotensor()):
         return tensor
-    return tensor.clone().resolve_neg()
+    return tensor.clone().resolve_neg()  # type: ignore[return-value]  # a tensor, as it was given
 
 
 def is_dense(rows: torch.Tensor) -> bool:

@@ -46,7 +46,7 @@ def sharded_cross_entropy(
 
 
 def _detached(rows):
-    return Rows(*(None if tensor is None else tensor.detach() for tensor in rows))
+    return Rows._make(None if tensor is None else tensor.detach() for tensor in rows)
 
 
 def statistics_of(rows: Rows, options: LossOptions, backend: str):

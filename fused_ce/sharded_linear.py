@@ -6,6 +6,8 @@ place of the logits, and goes into those of hidden states and head.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
@@ -15,7 +17,7 @@ from fused_ce.backend import implementation
 from fused_ce.exchange import Exchange, all_reduced
 from fused_ce.linear_arguments import Head
 from fused_ce.linear_chunks import Plan, cut, placed, without_autocast
-from fused_ce.linear_products import Gradients, Products
+from fused_ce.linear_products import Gradients, Operands, Products
 from fused_ce.rows import Result, Rows, Upstream, compute_dtype
 from fused_ce.sharded_autograd import (
     check_once,
@@ -37,6 +39,7 @@ def sharded_linear_cross_entropy(
     """(loss,), or (loss, losses, lse, entropy, predictions) with return_stats."""
     options = plan.options
     hidden = head.hidden.reshape(math.prod(head.hidden.shape[:-1]), head.hidden.shape[-1])
+    inputs: tuple[torch.Tensor | None, ...]
     inputs = hidden, head.weight, head.bias, rows.sample_weight
     if not torch.is_grad_enabled():  # forward then makes no gradients
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
@@ -103,7 +106,7 @@ class ShardedLinear(torch.autograd.Function):
                 plan.options,
             )  # fmt: skip
         needs = ctx.needs_input_grad[:3]
-        made = (None, None, None)
+        made: Sequence[torch.Tensor | None] = (None, None, None)
         if ctx.in_forward and grad_losses is grad_lse is grad_entropy is None:
             made = [_scaled(grad, grad_loss, plan.backend) for grad in grads]
         elif any(needs):
@@ -116,7 +119,7 @@ class ShardedLinear(torch.autograd.Function):
 class _Chunks:
     """The chunks of a forward: results a row, and gradients where they are needed."""
 
-    def __init__(self, head, rows, plan, exchange, needs):
+    def __init__(self, head: Operands, rows, plan, exchange, needs):
         self.head, self.rows, self.plan, self.exchange = head, rows, plan, exchange
         self.cut = _cut(rows, plan, head[0].device)
         self.grads = None
@@ -124,7 +127,8 @@ class _Chunks:
             self.grads = Gradients(
                 *head, needs, len(self.cut.parts), self.cut.covers_all, wide_hidden=True
             )
-        self.divisor, self.found = None, []
+        self.divisor: torch.Tensor | None = None
+        self.found: list[dict[str, Any]] = []
 
     def all_of_them(self) -> dict[str, torch.Tensor]:
         """Of all rows, in their places: what backward and the stats are made of."""
@@ -244,7 +248,7 @@ def _with_logits(others, head, plan):
     return Rows(head[0].detach().new_zeros((), dtype=plan.logits_dtype).expand(shape), *others)
 
 
-def _made_again(ctx, head, rows, upstream, grad_lse, grad_entropy, statistics):
+def _made_again(ctx, head: Operands, rows, upstream, grad_lse, grad_entropy, statistics):
     """The gradients of hidden, weight and bias from the logits of a chunk, once more."""
     plan, pieces = ctx.plan, _cut(rows, ctx.plan, head[0].device)
     grads = Gradients(

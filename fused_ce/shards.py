@@ -94,7 +94,7 @@ def combined(parts: ShardStatistics, targets: Targets, options: LossOptions) -> 
     if options.z_loss:
         losses = losses + options.z_loss * lse.square()
     entropy = predictions = None
-    if options.return_stats:
+    if parts.exp_dot is not None:
         exp_dot = (parts.exp_dot * scale + parts.row_sum * (scale * moved)).sum(dim=0)
         entropy = (log_sum - exp_dot / row_sum).masked_fill(targets.ignored, 0.0)
         predictions = _first(parts, row_max).masked_fill(targets.ignored, -1)

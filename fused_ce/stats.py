@@ -1,6 +1,6 @@
 """What a call with `return_stats=True` tells of each target."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,15 +19,16 @@ class CrossEntropyStats(NamedTuple):
     predictions: torch.Tensor  # the class of the largest of them, the first of several; int64
 
 
-def _new_stats(cls, losses, *others, **named):
+def _new_stats(cls: Any, losses: Any, *others: Any, **named: Any) -> Any:
     """From four values or, as torch's own named tuples, from one iterable.
 
     So does `Tensor.__torch_function__` give results the type of a subclass.
     """
     if not others and not named:
-        losses, *others = losses
+        return _new_of_four(cls, *losses)
     return _new_of_four(cls, losses, *others, **named)
 
 
 _new_of_four = CrossEntropyStats.__new__
-CrossEntropyStats.__new__ = staticmethod(_new_stats)
+# To type checkers it is the constructor of four.
+CrossEntropyStats.__new__ = staticmethod(_new_stats)  # type: ignore[method-assign, assignment]

@@ -1,5 +1,9 @@
 """What PyTorch is doing just now, which only its private interfaces tell: asked for here alone."""
 
+# The stubs of torch._C have only some of it.
+# mypy: disable-error-code="attr-defined"
+# pyright: reportAttributeAccessIssue=false
+
 import contextlib
 import functools
 import sys
@@ -7,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.autograd import forward_ad
+
+# That of a tensor class which does not compute by itself.
+PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 def is_traced(logits: torch.Tensor) -> bool:

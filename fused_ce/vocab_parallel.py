@@ -1,6 +1,6 @@
 """The loss of a vocabulary that lies on several devices: the public functions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -121,7 +121,7 @@ def vocab_parallel_cross_entropy(
     )  # fmt: skip
     call = prepare(logits_shard, targets, weight, sample_weight, dim, options)
     rows, options = call.rows, call.options
-    _check(rows, group)
+    _check(rows, group, rows.has_probabilities)
     check_memory(rows)
     if options.inplace and saved_tensors_have_hooks():
         options = options._replace(inplace=False)
@@ -261,10 +261,12 @@ def vocab_parallel_linear_cross_entropy(
     return call.returned(results)
 
 
-def _check(tensors, group, has_probabilities=None) -> None:
+def _check(
+    tensors: Iterable[torch.Tensor | None],
+    group: "dist.ProcessGroup | None",
+    has_probabilities: bool,
+) -> None:
     """What a shard cannot do."""
-    if has_probabilities is None:
-        has_probabilities = tensors.has_probabilities
     if has_probabilities:
         raise TypeError(
             "targets must be class indices where the vocabulary is sharded, got probabilities"

@@ -70,7 +70,7 @@ class KeyValueCache:
     def __init__(self, block_size: int):
         """Begin empty; the memory is taken when the first positions come."""
         self.block_size = block_size
-        self.length = 0  # positions held
+        self.length: int = 0  # positions held
         self._held: Tensor | None = None  # (2, B, n_head, block_size, C / n_head)
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +147,13 @@ class BabyGPT(nn.Module):
             targets makes no logits.
         inplace: the gradient of the fused loss overwrites the logits.
     """
+
+    token_embedding: nn.Embedding
+    position_embedding: nn.Embedding  # with layers, as the next three
+    dropout: nn.Dropout
+    blocks: nn.Sequential
+    norm: nn.LayerNorm
+    head: nn.Linear
 
     def __init__(self, config: ModelConfig, loss: str = "fused", *, inplace: bool = False):
         """Make the layers and draw their weights from PyTorch's global generator."""

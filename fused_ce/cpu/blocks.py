@@ -1,6 +1,10 @@
 """How rows are cut into blocks, and what belongs to the rows of a block."""
 
+from typing import TypeVar
+
 import torch
+
+Value = TypeVar("Value", bound=torch.Tensor | float | None)
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32, for each thread
 FEW_ELEMENTS = 1 << 23  # of a call: not worth that threads of ours wake up
@@ -62,8 +66,8 @@ def blocks(logits: torch.Tensor, rows: int) -> list[tuple[slice, slice, slice]]:
     return parts
 
 
-def at(value: torch.Tensor | float, rows: slice) -> torch.Tensor | float:
+def at(value: Value, rows: slice) -> Value:
     """The value of these rows: of a number for all, or of a (n_rows, 1) tensor."""
     if not isinstance(value, torch.Tensor) or value.shape[0] == rows.stop - rows.start:
         return value  # a single block needs no slices, in calls so small that they show
-    return value[rows]
+    return value[rows]  # type: ignore[return-value]  # a tensor, as the value

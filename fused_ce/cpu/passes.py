@@ -9,6 +9,7 @@ from fused_ce.cpu.gradient import grad_of_soft, make_gradient
 from fused_ce.cpu.machine import ask_for_huge_pages
 from fused_ce.cpu.statistics import (
     Block,
+    Buffers,
     RowSums,
     empty_sums,
     load,
@@ -110,7 +111,8 @@ def pass_over_blocks(
             n = part.stop - part.start
             work = scratch.work
             if work is None:
-                work = grad_logits[groups, columns].view(n, vocab_size)
+                of_block = grad_logits[groups, columns]  # type: ignore[index]  # or there is scratch
+                work = of_block.view(n, vocab_size)
             block = _block(part, work, scratch, terms)
             x = load(logits[groups, columns], block, options)
             if is_plain and sum_block is not sum_powers:
@@ -143,16 +145,14 @@ def _buffers(rows, options, needs_mean, grad_logits) -> tuple[bool, bool, bool, 
     return work, soft or needs_mean, soft, slope
 
 
-def _scratch(logits, n_rows, needs) -> Block:
+def _scratch(logits, n_rows, needs) -> Buffers:
     """The buffers of a thread."""
     size, dtype = (n_rows, logits.shape[2]), compute_dtype(logits)
-    return Block(
-        None, None, *(logits.new_empty(size, dtype=dtype) if needed else None for needed in needs)
-    )
+    return Buffers(*(logits.new_empty(size, dtype=dtype) if needed else None for needed in needs))
 
 
 def _block(rows, work, scratch, terms) -> Block:
-    n, (*_, exp, soft, slope) = rows.stop - rows.start, scratch
+    n, (_, exp, soft, slope) = rows.stop - rows.start, scratch
     work = work[:n]
     return Block(
         rows,

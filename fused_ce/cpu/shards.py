@@ -27,15 +27,18 @@ def shard_statistics(rows: Rows, options: LossOptions, shard: Shard) -> ShardSta
     options = options._replace(reduction="none")
     terms, is_mine = _terms(rows, options, shard)
     sums = empty_sums(rows, options)
-    if sums.maximum is None:
-        sums = sums._replace(maximum=torch.empty_like(sums.exp))
+    maximum = sums.maximum
+    if maximum is None:
+        maximum = torch.empty_like(sums.exp)
+        sums = sums._replace(maximum=maximum)
     lowest = torch.finfo(dtype).min
 
     def sum_block(x, block, sums):
         return sum_up(x, block, terms, sums, lowest)
 
     pass_over_blocks(rows, options, terms, sums, None, None, None, sum_block)
-    dot = torch.where(is_mine, sums.x_target * terms.target, 0.0)
+    of_target = sums.x_target * terms.target  # type: ignore[operator]  # `empty_sums` has a place
+    dot = torch.where(is_mine, of_target, 0.0)
     if sums.x_smooth is not None:
         dot += terms.smoothing * sums.x_smooth
     exp_dot = None
@@ -43,7 +46,7 @@ def shard_statistics(rows: Rows, options: LossOptions, shard: Shard) -> ShardSta
         exp_dot = torch.where(sums.exp == 0.0, 0.0, sums.mean * sums.exp)
         exp_dot = counted(exp_dot, terms.ignored)
     return ShardStatistics(
-        counted(sums.maximum, terms.ignored),
+        counted(maximum, terms.ignored),
         (sums.exp if terms.ignored is None else sums.exp.masked_fill(terms.ignored, 1.0))[:, 0],
         counted(dot, terms.ignored),
         exp_dot,
@@ -54,7 +57,7 @@ def shard_statistics(rows: Rows, options: LossOptions, shard: Shard) -> ShardSta
 def shard_gradient(
     upstream: Upstream,
     rows: Rows,
-    statistics: tuple[torch.Tensor, ...],
+    statistics: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     options: LossOptions,
     shard: Shard,
     grad_logits: torch.Tensor,
@@ -66,7 +69,8 @@ def shard_gradient(
     if grad_logits.numel() == 0:
         return
     options = options._replace(reduction="none")
-    row_max, row_sum, share, entropy = (None if s is None else s[:, None] for s in statistics)
+    row_max, row_sum, share = (of_row[:, None] for of_row in statistics[:3])
+    entropy = None if statistics[3] is None else statistics[3][:, None]
     terms, _ = _terms(rows, options, shard)
     terms = terms._replace(lse=share)
     sums = RowSums(row_sum)

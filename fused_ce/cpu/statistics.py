@@ -9,16 +9,22 @@ from fused_ce.cpu.blocks import at
 from fused_ce.rows import Result, compute_dtype
 
 
+class Buffers(NamedTuple):
+    """Of a thread, as large as its largest block; None where a pass does without. See `Block`."""
+
+    work: torch.Tensor | None
+    exp: torch.Tensor | None
+    soft: torch.Tensor | None
+    slope: torch.Tensor | None
+
+
 class Block(NamedTuple):
-    """The rows of a block, their targets, and buffers (n, vocab_size) of the arithmetic's dtype.
+    """The rows of a block, their targets, and buffers (n, vocab_size) of the arithmetic's dtype."""
 
-    For all blocks together the buffers are as large as the largest; None where a pass does without.
-    """
-
-    rows: slice | None
+    rows: slice
     targets: torch.Tensor | None
-    work: torch.Tensor | None  # x, then x less the row's maximum, then the gradient
-    exp: torch.Tensor | None  # its powers: work itself where nobody needs both
+    work: torch.Tensor  # x, then x less the row's maximum, then the gradient
+    exp: torch.Tensor  # its powers: work itself where nobody needs both
     soft: torch.Tensor | None  # what probabilities weigh x with
     slope: torch.Tensor | None  # of the softcap
 
@@ -182,7 +188,8 @@ def result_of(terms, sums, options, unweighted) -> Result:
     if sums.x_smooth is not None:
         losses -= terms.smoothing * sums.x_smooth
     if options.z_loss:
-        losses.addcmul_(lse, lse, value=options.z_loss)
+        # What the options ask for has a place among the sums.
+        losses.addcmul_(lse, lse, value=options.z_loss)  # type: ignore[arg-type]
     before = counted(losses.clone(), terms.ignored) if unweighted else None
     if terms.sample_weight is not None:
         losses *= terms.sample_weight
@@ -196,7 +203,7 @@ def result_of(terms, sums, options, unweighted) -> Result:
     if not options.return_stats:
         return Result(loss, unweighted=before, divisor=divisor)
     # An infinite maximum leaves NaN in its row, but the sum of powers is known.
-    lse = torch.where(sums.maximum.isinf(), sums.maximum, lse)
+    lse = torch.where(sums.maximum.isinf(), sums.maximum, lse)  # type: ignore[arg-type]  # again
     predictions = sums.predictions
     if terms.ignored is not None:
         predictions = predictions.masked_fill_(terms.ignored.squeeze(1), -1)
@@ -205,7 +212,7 @@ def result_of(terms, sums, options, unweighted) -> Result:
         None if loss is losses else losses,
         before,
         counted(lse, terms.ignored),
-        counted(entropy, terms.ignored),
+        counted(entropy, terms.ignored),  # type: ignore[arg-type]  # again
         predictions,
         divisor,
     )

@@ -90,14 +90,14 @@ class GradTerms(NamedTuple):
     x: torch.Tensor | float  # the same, times logit_scale
     minus_target: torch.Tensor
     smooth: torch.Tensor | float
-    lse: torch.Tensor | None
-    entropy: torch.Tensor | None
+    lse: torch.Tensor | float | None
+    entropy: torch.Tensor | float | None
 
 
 def grad_terms(terms, upstream, sums, options) -> GradTerms:
     """Those of an upstream gradient, whose loss may be the number 1."""
     like = sums.exp
-    losses = 0.0  # where only stats have a gradient: the divisor may be 0
+    losses: torch.Tensor | float = 0.0  # where only stats have a gradient: the divisor may be 0
     if upstream.loss is not None:
         losses = _of_rows(upstream.loss, like)
         # no weight at all, or a normalizer of 0: as a GPU divides

@@ -46,7 +46,7 @@ def sum_powers_in_place(x, block, sums) -> RowStats | None:
     if not (float(largest) <= LARGE and float(of_targets.amin()) >= -LARGE):
         return None
     stats = sum_powers(x, block, sums)
-    _divide(RowSums(*(None if of is None else at(of, block.rows) for of in sums)))
+    _divide(RowSums._make(None if of is None else at(of, block.rows) for of in sums))
     return stats
 
 

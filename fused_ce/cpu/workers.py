@@ -27,7 +27,8 @@ class Job:
         """`worker` makes what a thread calls for each of its blocks."""
         self.blocks, self.worker = blocks, worker
         self.n_taken = 0
-        self.is_stopped, self.error = False, None
+        self.is_stopped = False
+        self.error: BaseException | None = None
         self.n_busy, self.lock, self.done = n_threads, threading.Lock(), threading.Lock()
         self.done.acquire()
         self.is_inference = torch.is_inference_mode_enabled()
@@ -43,7 +44,7 @@ class Job:
             if self.n_busy == 0:
                 # Tensors die before the caller goes on: should the interpreter end meanwhile, a
                 # thread that comes back from PyTorch's code ends the process by an abort.
-                self.blocks = self.worker = None
+                del self.blocks, self.worker
                 self.done.release()
 
     def _work(self) -> None:
