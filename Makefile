@@ -34,6 +34,7 @@ gpu:
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.check_types
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
@@ -64,4 +65,4 @@ $(DEV): $(TRAIN)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
