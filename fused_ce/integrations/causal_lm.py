@@ -2,6 +2,7 @@
 
 import inspect
 from types import CodeType
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model of transformers inside torch.compile, PEFT, data parallelism and the like."""
-    inner = model
+    inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         outer = inner
         if isinstance(getattr(outer, "_orig_mod", None), nn.Module):  # torch.compile
@@ -35,7 +36,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
             f"need a model whose forward calls self.loss_function, got {name}, which computes its "
             "loss elsewhere or has none"
         )
-    loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None), ForCausalLMLoss)
+    loss = LOSS_MAPPING.get(str(getattr(inner, "loss_type", None)), ForCausalLMLoss)
     if loss not in (ForCausalLMLoss, LOSS_MAPPING["ForCausalLM"]):
         raise TypeError(
             f"need a model whose loss is {ForCausalLMLoss.__name__}, got {name}, whose loss is "
@@ -51,7 +52,8 @@ def _forward_reads(cls: type, attribute: str) -> bool:
         method = pending.pop()
         seen.add(method)
         for owner in cls.__mro__:
-            code = getattr(inspect.unwrap(vars(owner).get(method)), "__code__", None)
+            found = vars(owner).get(method)
+            code = getattr(inspect.unwrap(found), "__code__", None) if found is not None else None
             if code is None:
                 continue
             names = _names(code)

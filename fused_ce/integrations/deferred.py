@@ -61,7 +61,7 @@ class DeferredLogits(torch.Tensor):
     def _make(self) -> torch.Tensor:
         if self._is_result:
             return _Look.apply(self)
-        if self._viewed is not None:
+        if self._viewed is not None and self._view is not None:
             return self._view(self._viewed.made())
         self._origin.check()
         real = self._origin.logits(self._steps)
@@ -92,7 +92,7 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         """Below autograd, where collectives and functions of others arrive: the values."""
         args, kwargs = tree_map_only(
             DeferredLogits, lambda logits: logits.made().detach(), (args, kwargs or {})
@@ -122,7 +122,11 @@ class _Defer(torch.autograd.Function):
             tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             logits = ctx.origin.logits(ctx.steps, tensors)
         needs = ctx.needs_input_grad[:3]
-        wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
+        wanted = [
+            tensor
+            for tensor, needed in zip(tensors, needs, strict=True)
+            if tensor is not None and needed
+        ]
         is_differentiable = torch.is_grad_enabled()
         grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=is_differentiable))
         return *(next(grads) if needed else None for needed in needs), None, None, None
@@ -300,13 +304,13 @@ def _reshaped(logits, *shape):
         (shape,) = shape
     if isinstance(shape, torch.dtype) or not logits.is_contiguous():
         return NotImplemented
-    shape = list(shape)
-    if -1 in shape:
-        rest = -math.prod(shape)
-        shape[shape.index(-1)] = logits.numel() // rest if rest > 0 else 0
-    if not shape or shape[-1] != logits.shape[-1] or math.prod(shape) != logits.numel():
+    sizes = list(shape)
+    if -1 in sizes:
+        rest = -math.prod(sizes)
+        sizes[sizes.index(-1)] = logits.numel() // rest if rest > 0 else 0
+    if not sizes or sizes[-1] != logits.shape[-1] or math.prod(sizes) != logits.numel():
         return NotImplemented
-    rows = shape[:-1]
+    rows = sizes[:-1]
     return _seen_as(logits, lambda tensor: tensor.reshape(*rows, tensor.shape[-1]), False)
 
 

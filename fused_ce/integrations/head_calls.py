@@ -38,8 +38,9 @@ class Origin:
     def dtype(self) -> torch.dtype:
         """That of the head's output."""
         hidden = self.tensors[0]
-        is_cast = self.autocast_dtype is not None and hidden.dtype != torch.float64
-        return self.autocast_dtype if is_cast else hidden.dtype
+        if self.autocast_dtype is None or hidden.dtype == torch.float64:
+            return hidden.dtype
+        return self.autocast_dtype
 
     def surroundings(self) -> contextlib.AbstractContextManager:
         """Autocast as it was when the head was called."""

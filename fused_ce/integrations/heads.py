@@ -6,6 +6,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ class DeferringLinear(nn.Linear):
         return "Linear"  # in what print(model) shows
 
 
-def check_head(model: nn.Module) -> None:
+def check_head(model: Any) -> None:
     """Raise TypeError where logits cannot be deferred; warn where they are made all the same."""
     head, name = model.get_output_embeddings(), type(model).__name__
     if head is None:
@@ -73,7 +74,7 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def _layers(head: nn.Module | None) -> list[nn.Module]:
+def _layers(head: Any) -> list[Any]:
     """What computes logits in an output embedding: itself, or what PEFT has put into a module.
 
     LoRA adds to its output, which makes the real logits; a copy that is trained instead defers.
@@ -112,39 +113,42 @@ def _can_be_deferred(hidden, weight, bias) -> bool:
 FUSES = "_fuses_its_head"  # in a model's attributes: its head defers
 
 
-def fuse(model: nn.Module, defers: bool) -> None:
+def fuse(model: Any, defers: bool) -> None:
     """Give the model its `fusing_class`; its head defers, or not."""
     vars(model)[FUSES] = defers
     if defers:
         _let_defer(model)
-    if not hasattr(type(model), "is_fusing_class_of"):
-        model.__class__ = fusing_class(type(model))
+    cls: Any = type(model)
+    if not hasattr(cls, "is_fusing_class_of"):
+        model.__class__ = fusing_class(cls)
 
 
-def _let_defer(model: nn.Module) -> None:
+def _let_defer(model: Any) -> None:
     for layer in _layers(model.get_output_embeddings()):
         if type(layer) is nn.Linear:
             layer.__class__ = DeferringLinear
 
 
-def unfuse(model: nn.Module) -> None:
+def unfuse(model: Any) -> None:
     """The model and its head as they were; a class that FSDP has made of ours stays, and rests."""
     vars(model).pop(FUSES, None)
     cls = vars(type(model)).get("is_fusing_class_of")
     if cls is not None:
         model.__class__ = cls
+    plain: Any = nn.Linear
     for layer in _layers(model.get_output_embeddings()):
         if type(layer) is DeferringLinear:
-            layer.__class__ = nn.Linear
+            layer.__class__ = plain
 
 
 @contextlib.contextmanager
-def forward_of(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
+def forward_of(model: Any, args: tuple, kwargs: dict) -> Iterator[None]:
     """While the forward of such a model runs, a loss is due if it was given labels."""
     if torch.compiler.is_compiling() or not vars(model).get(FUSES):
         yield
         return
-    given = {**dict(zip(_names_of_arguments(type(model)), args, strict=False)), **kwargs}
+    cls: Any = type(model)
+    given = {**dict(zip(_names_of_arguments(cls), args, strict=False)), **kwargs}
     is_due = given.get("labels") is not None
     if is_due:
         _let_defer(model)  # at each forward: its head may be another than it was
@@ -153,18 +157,19 @@ def forward_of(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
 
 
 @functools.cache
-def fusing_class(cls: type) -> type:
+def fusing_class(cls: Any) -> Any:
     """A class that is `cls`, but for what is known of its forward and of its last loss.
 
     A hook would not see the calls of `model.forward` that PEFT makes.
     """
+    same: Any  # it, once it is made
 
     def forward(self, *args, **kwargs):
         with forward_of(self, args, kwargs):
             return super(same, self).forward(*args, **kwargs)
 
     # Not by functools.wraps: Accelerate unwraps a forward for as long as it has a __wrapped__.
-    forward.__signature__ = inspect.signature(cls.forward)
+    vars(forward)["__signature__"] = inspect.signature(cls.forward)
     forward.__doc__, forward.__qualname__ = cls.forward.__doc__, cls.forward.__qualname__
 
     def __reduce_ex__(self, protocol):
@@ -183,11 +188,11 @@ def fusing_class(cls: type) -> type:
     return same
 
 
-def _new(cls: type) -> nn.Module:
+def _new(cls: Any) -> nn.Module:
     same = fusing_class(cls)
     return same.__new__(same)
 
 
 @functools.cache
-def _names_of_arguments(cls: type) -> list[str]:
+def _names_of_arguments(cls: Any) -> list[str]:
     return list(inspect.signature(cls.forward).parameters)[1:]

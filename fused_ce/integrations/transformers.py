@@ -4,11 +4,10 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.integrations.causal_lm import causal_lm, unwrapped
@@ -59,9 +58,10 @@ def causal_lm_loss(
         ValueError: there are no labels, or not one for each row of logits.
         TypeError, IndexError: as `fused_cross_entropy`.
     """
-    return _loss(
+    loss, _ = _loss(
         NO_SETTINGS, logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
     )
+    return loss
 
 
 class Settings(NamedTuple):
@@ -84,18 +84,24 @@ class CausalLMLoss:
         self.settings = settings
         self.stats: CrossEntropyStats | None = None
 
-    def __call__(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100,
-                 shift_labels=None, **kwargs) -> torch.Tensor:  # fmt: skip
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        vocab_size: int | None,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
         """As `causal_lm_loss`; the stats are kept."""
-        loss = _loss(
+        loss, self.stats = _loss(
             self.settings, logits, labels, vocab_size, num_items_in_batch, ignore_index,
             shift_labels,
         )  # fmt: skip
-        if self.settings.return_stats:
-            loss, self.stats = loss
         return loss
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         """A copy or a pickle has computed nothing yet; a part of a graph could not be copied."""
         return {**vars(self), "stats": None}
 
@@ -229,9 +235,15 @@ def patched(
 
 
 def _loss(
-    settings, logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
-):  # fmt: skip
-    """The loss of logits (B, T, V), made or deferred; with return_stats its stats (B, T) too."""
+    settings: Settings,
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int | None,
+    num_items_in_batch: float | torch.Tensor | None,
+    ignore_index: int,
+    shift_labels: torch.Tensor | None,
+) -> tuple[torch.Tensor, CrossEntropyStats | None]:
+    """The loss of logits (B, T, V), made or deferred, and with return_stats its stats (B, T)."""
     if not torch.compiler.is_compiling():
         _calls.count = getattr(_calls, "count", 0) + 1
     if shift_labels is None:
@@ -249,22 +261,25 @@ def _loss(
     if logits.shape[-1] != vocab_size:
         logits = logits.view(-1, vocab_size)
     targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
-    options = dict(
+    options: dict[str, Any] = dict(
         ignore_index=ignore_index,
         normalizer=_normalizer(num_items_in_batch, logits.device),
         return_stats=settings.return_stats,
     )
     head = logits.for_loss() if isinstance(logits, DeferredLogits) else None
     if head is None:
-        return fused_cross_entropy(logits, targets, dim=-1, **options)
-    origin, of_logits = head
-    hidden, weight, bias = origin.tensors
-    is_recorded = origin.is_recorded and torch.is_grad_enabled()
-    with origin.surroundings(), torch.set_grad_enabled(is_recorded):
-        return fused_linear_cross_entropy(
-            hidden, weight, targets, linear_bias=bias, logits_dtype=settings.logits_dtype,
-            skip_ignored=settings.skip_ignored, **of_logits, **options,
-        )  # fmt: skip
+        found = fused_cross_entropy(logits, targets, dim=-1, **options)
+    else:
+        origin, of_logits = head
+        options |= of_logits
+        hidden, weight, bias = origin.tensors
+        is_recorded = origin.is_recorded and torch.is_grad_enabled()
+        with origin.surroundings(), torch.set_grad_enabled(is_recorded):
+            found = fused_linear_cross_entropy(
+                hidden, weight, targets, linear_bias=bias, logits_dtype=settings.logits_dtype,
+                skip_ignored=settings.skip_ignored, **options,
+            )  # fmt: skip
+    return found if settings.return_stats else (found, None)
 
 
 def _normalizer(
@@ -332,7 +347,7 @@ def _after_forward(model: nn.Module, args: tuple, kwargs: dict, output: object) 
     )
 
 
-def _is_patched(inner: PreTrainedModel) -> bool:
+def _is_patched(inner: nn.Module) -> bool:
     current = vars(inner).get(CURRENT)
     is_ours = current is causal_lm_loss or isinstance(current, CausalLMLoss)
     return BEFORE in vars(inner) and is_ours
