@@ -342,7 +342,8 @@ def _after_forward(model: nn.Module, args: tuple, kwargs: dict, output: object) 
     warnings.warn(
         f"{type(model).__name__} was given labels and did not call the loss that "
         "fused_ce.integrations.transformers.patch has set: whoever drives it, a trainer of TRL "
-        "say, computes the loss itself, and patch has no effect there",
+        "say, computes the loss itself, and patch has no effect there; for a trainer of TRL there "
+        "is fused_ce.integrations.trl.patch",
         stacklevel=2,
     )
 
