@@ -74,7 +74,7 @@ class Projection:
         bias = None if bias is None else bias.to(dtype)
         scale, cap = float(logit_scale) / temperature, None
         if final_logit_softcapping is not None:
-            cap = (final_logit_softcapping or 1.0) / temperature
+            cap = final_logit_softcapping / temperature
         head = hidden, weight, bias
         with without_autocast(hidden.device):
             return self._outputs(head, targets, scale, cap, outputs)

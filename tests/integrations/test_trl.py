@@ -212,10 +212,19 @@ def test_logits_of_16_bits_may_be_float32(new_model, options):
 
 
 def test_float32_logits_of_autocast(calls):
-    trainer = patch(Heads(llama(), outputs=("log_probs",)), logits_dtype=torch.float32)
+    model = phi()
+    trainer = patch(Heads(model), logits_dtype=torch.float32)
     run(trainer.model)
-    run_in(trainer, torch.bfloat16)
-    assert [kwargs["logits_dtype"] for _, kwargs in calls] == [None, torch.float32]
+    assert calls.pop()[1]["logits_dtype"] is None  # nothing of 16 bits
+    out, _ = run_in(trainer, torch.bfloat16)
+    hidden, options = calls[-1]
+    assert options["logits_dtype"] is torch.float32 and hidden.dtype == torch.bfloat16
+    weight, bias = (of.bfloat16().double() for of in (model.lm_head.weight, model.lm_head.bias))
+    logits = nn.functional.linear(hidden.double(), weight, bias)
+    means = out.mean_logits[out.label_mask].double()
+    torch.testing.assert_close(means, logits.mean(-1), rtol=1e-5, atol=1e-6)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(out.entropy[out.label_mask].double(), entropy, rtol=1e-5, atol=1e-6)
 
 
 # --- rows out of the ordinary ---

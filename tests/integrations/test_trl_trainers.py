@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers", reason='pip install "fused_ce
 trl = pytest.importorskip("trl", reason='pip install "fused_ce[trl]"')
 
 import datasets  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from small_models import gemma2, llama, text, tokenizer, tokens  # noqa: E402
 
 from fused_ce.integrations import transformers as losses  # noqa: E402
@@ -24,7 +25,9 @@ NOT_COMPARED = ("runtime", "per_second", "step_time", "rewards/accuracies")
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def each_by_itself(monkeypatch):
+    """Quietly; and what a trainer in 16 bits leaves in the environment is not for the next one."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     datasets.disable_progress_bars()
 
 
@@ -142,7 +145,8 @@ def assert_learns_the_same(calls, make, folder, rounding=1e-4, **further):
     for ours_at, theirs_at in zip(our_log, logged, strict=True):
         assert ours_at.keys() == theirs_at.keys()
         for name, value in theirs_at.items():
-            assert ours_at[name] == pytest.approx(value, rel=rounding, abs=rounding), name
+            close = pytest.approx(value, rel=rounding, abs=2 * rounding)  # some are cut to 1e-4
+            assert ours_at[name] == close, name
     for a, b, distance in zip(ours, weights, moved, strict=True):
         assert (a - b).norm() <= 10 * rounding * distance + 1e-7
 
@@ -261,6 +265,8 @@ def test_log_probabilities_of_pairs(calls, tmp_path):
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
 def test_the_loss_of_a_model_has_no_effect_and_says_so(tmp_path, adapters):
     """Unless the trainer is patched: then the loss is ours, whoever asked for it."""
+    if adapters and Version(pytest.importorskip("peft").__version__) < Version("0.21"):
+        pytest.skip("this PEFT calls forward itself, which no hook of the model sees")
     trainer = sft(tmp_path, max_steps=1, peft_config=lora() if adapters else None)
     losses.patch(trainer.model)
     with warnings.catch_warnings():
