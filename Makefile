@@ -59,9 +59,9 @@ $(TRAIN): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(TRAIN)
-	@echo "$(VENV): installing Triton, transformers and what else tests need, once; 1 GB more." \
+	@echo "$(VENV): installing Triton, transformers, TRL and what else tests need, once; 1.3 GB more." \
 		"pip is quiet for minutes."
-	@$(INSTALL) --editable ".[train,test,bench,dev,hf]"
+	@$(INSTALL) --editable ".[train,test,bench,dev,hf,trl]"
 	@touch $@
 
 clean:

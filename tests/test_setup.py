@@ -20,7 +20,7 @@ case "$*" in *"pip install"*"$FAILS"*) exit ${FAILS:+1};; esac
 TRAIN = "python -m fused_ce.babygpt train"
 INSTALLED = [
     "torch numpy tyro>=1.0 tqdm matplotlib safetensors tokenizers", "--no-deps --editable .",
-    "--editable .[train,test,bench,dev,hf]",
+    "--editable .[train,test,bench,dev,hf,trl]",
 ]  # fmt: skip
 FAST, SLOW = "--dist worksteal -m not slow", "--dist worksteal -m slow"
 

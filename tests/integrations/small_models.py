@@ -23,9 +23,12 @@ def llama():
     return small("Llama")
 
 
-def gemma2():
+def gemma2(final_logit_softcapping=0.5):
     """It caps its logits, here so low that a second cap would show."""
-    return small("Gemma2", head_dim=16, final_logit_softcapping=0.5, attn_implementation="eager")
+    return small(
+        "Gemma2", head_dim=16, final_logit_softcapping=final_logit_softcapping,
+        attn_implementation="eager",
+    )  # fmt: skip
 
 
 def cohere():

@@ -272,6 +272,18 @@ def test_classes_that_cannot_be():
     assert theirs.entropy[ours.label_mask].isnan().all()
 
 
+@pytest.mark.parametrize("new_model, labels, error", [
+    pytest.param(lambda: gemma2(final_logit_softcapping=0.0), LABELS, ValueError, id="no-cap"),
+    pytest.param(llama, torch.full((3, 12), 101), IndexError, id="no-class"),
+])  # fmt: skip
+def test_what_has_no_meaning_is_an_error(new_model, labels, error):
+    """And a number in TRL."""
+    trainer = Heads(new_model())
+    assert run(trainer.model, labels=labels)[0].loss.isfinite()
+    with pytest.raises(error):
+        run(patch(trainer).model, labels=labels)
+
+
 # --- whose heads ---
 
 
