@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason='pip install "fused_ce[hf]"')
@@ -15,6 +16,8 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from small_models import cohere, gemma2, granite, llama, mixtral, phi, tokens  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 from fused_ce.integrations import trl as integration  # noqa: E402
@@ -437,6 +440,38 @@ def test_of_one_graph():
 
 
 # --- weights that are not whole ---
+
+
+def whole(found):
+    """What `run` returns, its DTensors gathered."""
+    out, gradients = found
+    return out, [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp2", "fsdp2-head"])
+@on_ranks(2, backends=("cpu",))
+def test_models_on_several_ranks(here, wrapped):
+    """A head that is a group by itself is a DTensor when it is used; TRL gathers it."""
+    trainer = Heads(llama())
+    theirs = run(trainer.model)
+    if wrapped == "ddp":
+        trainer.model = nn.parallel.DistributedDataParallel(trainer.model)
+    else:
+        if wrapped == "fsdp2-head":
+            fully_shard(trainer.model.lm_head)
+        fully_shard(trainer.model)
+    assert_same(whole(run(trainer.model)), theirs)
+    called = []
+    function = integration.fused_linear_cross_entropy
+    with pytest.MonkeyPatch.context() as monkeypatch, patched(trainer):
+        monkeypatch.setattr(
+            integration,
+            "fused_linear_cross_entropy",
+            lambda *args, **options: called.append(1) or function(*args, **options),
+        )
+        assert_same(whole(run(trainer.model)), theirs)
+    assert called
 
 
 def test_shards_of_zero_3_stay_with_trl(calls):
