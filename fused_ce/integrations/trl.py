@@ -12,7 +12,8 @@ import transformers
 import trl
 from trl.trainer import utils
 
-from fused_ce.integrations.transformers import _calls, _unwrapped
+from fused_ce.integrations.causal_lm import unwrapped
+from fused_ce.integrations.transformers import _calls
 from fused_ce.linear_chunks import without_autocast
 from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
 
@@ -212,7 +213,7 @@ def _heads(trainer: transformers.Trainer) -> list[FunctionType]:
     for model in models:
         if model is None:
             continue
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         heads.append(_head(inner.forward))
         if heads[-1] is None:
             raise TypeError(

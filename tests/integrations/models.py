@@ -45,12 +45,15 @@ def tiny(name="llama", kind=None, seed=0, **further):
     cls, config, options = MODELS[name]
     given = options if options is GPT2 else {**SMALL, **options}
     torch.manual_seed(SEED + seed)
-    return (kind or getattr(transformers, cls))(getattr(transformers, config)(**given | further))
+    model = (kind or getattr(transformers, cls))(getattr(transformers, config)(**given | further))
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model
 
 
-def tokens(*shape, ignored=0.0, seed=0, classes=VOCAB_SIZE):
+def tokens(*shape, ignored=0.0, seed=0, first=3):
     generator = torch.Generator().manual_seed(SEED + seed)
-    values = torch.randint(3, classes, shape, generator=generator)
+    values = torch.randint(first, VOCAB_SIZE, shape, generator=generator)
     return values.masked_fill(torch.rand(shape, generator=generator) < ignored, -100)
 
 

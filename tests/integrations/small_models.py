@@ -1,62 +1,44 @@
-"""Causal language models of a thousand parameters, their tokens, and a tokenizer."""
+"""Models that TRL's trainers train, and a tokenizer for them."""
 
-import torch
 import transformers
-from oracle import SEED
+from models import VOCAB_SIZE, tiny
+from models import tokens as all_tokens
 
-VOCAB_SIZE = 101
-SMALL = dict(
-    vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-)  # fmt: skip
-
-
-def small(kind, **options):
-    """A random model of an architecture: "Llama", say."""
-    torch.manual_seed(SEED)
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **options)
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
+LARGE = dict(initializer_range=0.2)  # weights of which logits differ
 
 
 def llama():
-    return small("Llama")
+    return tiny("llama", **LARGE)
 
 
 def gemma2(final_logit_softcapping=0.5):
     """It caps its logits, here so low that a second cap would show."""
-    return small(
-        "Gemma2", head_dim=16, final_logit_softcapping=final_logit_softcapping,
-        attn_implementation="eager",
-    )  # fmt: skip
+    return tiny("gemma2", final_logit_softcapping=final_logit_softcapping)
 
 
 def cohere():
     """It multiplies its logits."""
-    return small("Cohere", logit_scale=0.3)
+    return tiny("cohere", **LARGE)
 
 
 def granite():
     """It divides its logits."""
-    return small("Granite", logits_scaling=1.7)
+    return tiny("granite", **LARGE)
 
 
 def phi():
     """Its head has a bias."""
-    model = small("Phi")
-    torch.nn.init.normal_(model.lm_head.bias)
-    return model
+    return tiny("phi", **LARGE)
 
 
 def mixtral():
     """It has a loss of its experts besides."""
-    return small("Mixtral", num_local_experts=3, output_router_logits=True)
+    return tiny("mixtral", **LARGE)
 
 
-def tokens(*shape, ignored=0.0, seed=0):
-    generator = torch.Generator().manual_seed(SEED + seed)
-    values = torch.randint(4, VOCAB_SIZE, shape, generator=generator)
-    return values.masked_fill(torch.rand(shape, generator=generator) < ignored, -100)
+def tokens(*shape, **options):
+    """None of the special ones."""
+    return all_tokens(*shape, first=4, **options)
 
 
 def tokenizer():

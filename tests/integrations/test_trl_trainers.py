@@ -1,6 +1,5 @@
 """TRL's trainers: what a patched one logs and learns is what TRL's own head makes, to rounding."""
 
-import re
 import warnings
 from pathlib import Path
 
@@ -285,15 +284,3 @@ def test_refuses_a_trainer_of_transformers(tmp_path):
     for function in (patch, unpatch):
         with pytest.raises(TypeError, match="got Trainer with trl .* LlamaForCausalLM has none"):
             function(trainer)
-
-
-def test_the_example_of_the_docs_runs(calls, tmp_path):
-    page = (ROOT / "docs" / "transformers.md").read_text("utf-8")
-    section = page.partition("\n## TRL")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names = dict(
-        model=llama(), arguments=options(tmp_path, "SFT"), tokenizer=tokenizer(),
-        dataset=rows(prompt=PROMPT, completion=COMPLETION),
-    )  # fmt: skip
-    exec(block, names)
-    assert len(calls) == 3 and names["trainer"].state.global_step == 3
