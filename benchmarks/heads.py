@@ -1,6 +1,7 @@
 """The heads of other libraries' models beside ours: time and memory of a step, in one process.
 
     python -m benchmarks.heads trl
+    python -m benchmarks.heads transformers
 
 A step is forward and backward of a small model whose vocabulary is large. Both heads are given to
 the same model, in turns. Times are those of the processor, not of the clock: what else runs on the
@@ -8,6 +9,7 @@ machine is in them as little as can be.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import torch
 
 from benchmarks.measure import Work, give_back_memory, peak_bytes
 
-OURS, THEIRS = "fused_ce", "theirs"
+OURS, THEIRS = "fused_ce", "TRL's head"
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,45 @@ def trl_steps(size: Size, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, W
         )
 
 
+# How a model of transformers computes its loss, by what is done to it.
+OF_TRANSFORMERS = ("the library", "patch(model)", "fuse_head=True", "TRL's head")
+MASKED = {"training step": 0.0, "70 % of it prompt": 0.7}
+
+
+def transformers_steps(size: Size, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Work]]]:
+    """The same model with each loss: the library's first, and last the head that TRL gives it."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from fused_ce.integrations.transformers import patch, unpatch
+
+    for name, masked in MASKED.items():
+        model, of_trl = small_model(size, dtype), small_model(size, dtype)
+        add_fused_lm_head(of_trl)
+        inputs = batch(size, masked)
+
+        def step(inputs=inputs, model=model, **further):
+            model(**inputs, **further).loss.backward()
+
+        def prepare(change, model=model):
+            change(model)
+            model.zero_grad()
+            return ()
+
+        changes = unpatch, patch, functools.partial(patch, fuse_head=True)
+        works = {
+            of: Work(functools.partial(prepare, change), step)
+            for of, change in zip(OF_TRANSFORMERS, changes, strict=False)
+        }
+        works[OF_TRANSFORMERS[-1]] = Work(
+            functools.partial(prepare, lambda model: model, of_trl),
+            functools.partial(step, model=of_trl, fused_lm_head=True),
+        )
+        yield name, works
+
+
 STEPS: dict[str, Callable[[Size, torch.dtype], Iterator[tuple[str, dict[str, Work]]]]] = {
     "trl": trl_steps,
+    "transformers": transformers_steps,
 }
 
 
@@ -114,21 +153,20 @@ def processor_seconds(works: dict[str, Work], rounds: int) -> dict[str, float]:
 
 
 def table(library: str, size: Size, dtypes: list[torch.dtype], rounds: int) -> None:
-    """Print a line of Markdown per case, as soon as it is measured."""
-    print(f"| step | dtype | {library} | {OURS} | ratio | {library}, MB | {OURS}, MB | ratio |")
-    print("|---" * 8 + "|", flush=True)
-    cpu = torch.device("cpu")
+    """Print a line of Markdown per case, as soon as it is measured: seconds, then megabytes."""
+    cpu, header = torch.device("cpu"), False
     for dtype in dtypes:
         kind = str(dtype).removeprefix("torch.")
         for name, works in STEPS[library](size, dtype):
-            peaks = {of: peak_bytes(work, cpu) / 1e6 for of, work in works.items()}
+            if not header:
+                columns = [f"{of}, {unit}" for unit in ("s", "MB") for of in works]
+                print(f"| step | dtype | {' | '.join(columns)} |")
+                print("|---|---" + "|---:" * len(columns) + "|", flush=True)
+                header = True
+            peaks = [peak_bytes(work, cpu) / 1e6 for work in works.values()]
             times = processor_seconds(works, rounds)
-            print(
-                f"| {name} | {kind} | {times[THEIRS]:.2f} s | {times[OURS]:.2f} s "
-                f"| {times[OURS] / times[THEIRS]:.2f} | {peaks[THEIRS]:,.0f} | {peaks[OURS]:,.0f} "
-                f"| {peaks[OURS] / peaks[THEIRS]:.2f} |",
-                flush=True,
-            )
+            cells = [name, kind, *(f"{times[of]:.2f}" for of in works)]
+            print(f"| {' | '.join([*cells, *(f'{peak:,.0f}' for peak in peaks)])} |", flush=True)
             give_back_memory(cpu)
 
 
