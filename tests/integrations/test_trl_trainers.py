@@ -186,6 +186,8 @@ def test_with_adapters(calls, tmp_path, make):
 @pytest.mark.parametrize("make", [sft, dpo, grpo])
 def test_in_16_bits(calls, tmp_path, make):
     """Under autocast, as TRL's trainers are by default."""
+    if Version(trl.__version__) < Version("1.16"):
+        pytest.skip("its kernels, interpreted, cut 16 bits where others round")
     assert_learns_the_same(calls, make, tmp_path, rounding=2**-7, bf16=True)
 
 
