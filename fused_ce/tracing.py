@@ -54,6 +54,11 @@ def jit_trace_paused() -> Iterator[None]:
         torch._C._set_tracing_state(state)
 
 
+def parse_to(*args: object, **kwargs: object) -> tuple:
+    """(device, dtype, non_blocking, memory_format) of the arguments of `Tensor.to`."""
+    return torch._C._nn._parse_to(*args, **kwargs)  # noqa: B009: unknown to checkers
+
+
 @contextlib.contextmanager
 def saved_tensors_hooks_paused() -> Iterator[None]:
     """What autograd saves in the `with` is not for the hooks around it."""

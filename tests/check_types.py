@@ -23,9 +23,14 @@ CHECKED = ["fused_ce", "tests/typed_calls.py"]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 # Blocks use a name again as people do: two examples both have a `loss`. Libraries may lack types.
 # To pyright a sum() of tensors may be the number 0, which lacks their methods; mypy looks at these.
+# What patch adds to a model is to both a Tensor or a Module, as any attribute of a module is. Of
+# `**options` pyright makes any value any argument: mypy looks at arguments.
 SETTINGS = """
-# mypy: allow-redefinition, disable-error-code="no-redef,import-untyped", no-warn-unused-ignores
+# mypy: allow-redefinition, no-warn-unused-ignores
+# mypy: disable-error-code="no-redef,import-untyped,import-not-found,union-attr,operator"
 # pyright: basic, reportRedeclaration=false, reportMissingModuleSource=false
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportUnusedExpression=false
 """
 # Their stubs say that they return three values, or two: nobody may unpack what they return.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from fused_ce.integrations.head_calls import Function, Origin, Recipe, Step
-from fused_ce.tracing import saved_tensors_hooks_paused
+from fused_ce.tracing import parse_to, saved_tensors_hooks_paused
 
 
 class DeferredLogits(torch.Tensor):
@@ -153,7 +153,9 @@ def _deferred(origin, steps, recipe, dtype, base=None, view=None) -> DeferredLog
     hidden, weight, _ = origin.tensors
     shape = *hidden.shape[:-1], weight.shape[0]
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    if base is not None:  # seen in one class of the base, lest anything have the size of logits
+    if (
+        base is not None and view is not None
+    ):  # seen in one class of the base, lest anything have the size of logits
         of_one_class = *base.shape[:-1], 1
         strides = view(torch.empty_strided(of_one_class, base.stride(), device="meta")).stride()
     kind = shape, strides, dtype, hidden.device
@@ -224,7 +226,7 @@ def _float(logits, *, memory_format=torch.preserve_format):
 
 def _to(logits, *args, copy=False, **kwargs):
     try:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, memory_format = parse_to(*args, **kwargs)
     except (TypeError, RuntimeError):  # a tensor, whose dtype and device are meant
         return NotImplemented
     is_plain = memory_format in (None, torch.preserve_format) and not copy

@@ -51,8 +51,9 @@ class Origin:
 
     def logits(self, steps: tuple[Step, ...], tensors: Any = None) -> torch.Tensor:
         """What the head returns of its tensors, or of those, after some steps."""
+        hidden, weight, bias = tensors or self.tensors
         with self.surroundings():
-            logits = nn.functional.linear(*(tensors or self.tensors))
+            logits = nn.functional.linear(hidden, weight, bias)
         for step in steps:
             logits = step(logits)
         return logits

@@ -5,7 +5,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from types import CodeType, FunctionType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ if not hasattr(utils, "add_fused_lm_head"):
         f"need trl>=1.15, whose trainers give their models a fused head, got trl {trl.__version__}"
     )
 
+Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden, weight, bias
 AnyTrainer = TypeVar("AnyTrainer", bound=transformers.Trainer)
 THEIRS = "_ChunkedLogProbFunction"  # the global of TRL by which a fused head names its projection
 COMPACT = "_use_triton"  # and by which it asks whether masked positions are left out
@@ -80,10 +81,13 @@ class Projection:
         with without_autocast(hidden.device):
             return self._outputs(head, targets, scale, cap, outputs)
 
-    def _outputs(self, head, targets, scale, cap, outputs):
+    def _outputs(
+        self, head: Head, targets: torch.Tensor, scale: float, cap: float | None,
+        outputs: tuple[str, ...],
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
         needs_stats = any(name in outputs for name in ("entropy", "is_top1", "log_sum_sq_probs"))
         found = self._loss(head, targets, scale, cap, return_stats=needs_stats)
-        losses, stats = found if needs_stats else (found, None)
+        losses, stats = found
         entropy = log_sum_sq_probs = mean_logits = is_top1 = None
         if "entropy" in outputs:
             entropy = stats.entropy.float()
@@ -98,7 +102,9 @@ class Projection:
                 is_top1 = (stats.predictions == targets) & (losses < float("inf"))
         return -losses.float(), entropy, log_sum_sq_probs, mean_logits, is_top1
 
-    def _mean_logits(self, head, targets, scale, cap):
+    def _mean_logits(
+        self, head: Head, targets: torch.Tensor, scale: float, cap: float | None
+    ) -> torch.Tensor:
         """Over the vocabulary; without a cap that is the logit of the mean row of the weight."""
         if cap is not None:
             smooth = self._loss(head, targets, scale, cap, label_smoothing=1.0, return_stats=True)
@@ -111,13 +117,19 @@ class Projection:
             mean = mean + bias.mean(dtype=dtype)
         return scale * mean
 
-    def _loss(self, head, targets, scale, cap, **options):
+    def _loss(
+        self, head: Head, targets: torch.Tensor, scale: float, cap: float | None,
+        label_smoothing: float = 0.0, return_stats: bool = False,
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
+        """(losses, stats), or (losses, None)."""
         hidden, weight, bias = head
         is_half = hidden.dtype in (torch.float16, torch.bfloat16)
-        return fused_linear_cross_entropy(
+        found = fused_linear_cross_entropy(
             hidden, weight, targets, linear_bias=bias, reduction="none", logit_scale=scale,
-            softcap=cap, logits_dtype=self.logits_dtype if is_half else None, **options,
+            softcap=cap, label_smoothing=label_smoothing, return_stats=return_stats,
+            logits_dtype=self.logits_dtype if is_half else None,
         )  # fmt: skip
+        return found if isinstance(found, tuple) else (found, None)
 
 
 def leaves_out(device: torch.device) -> bool:
@@ -214,16 +226,17 @@ def _heads(trainer: transformers.Trainer) -> list[FunctionType]:
         if model is None:
             continue
         inner = unwrapped(model)
-        heads.append(_head(inner.forward))
-        if heads[-1] is None:
+        head = _head(inner.forward)
+        if head is None:
             raise TypeError(
                 f"need a trainer whose models have the fused head of trl>=1.15, got {name} with "
                 f"trl {trl.__version__}, whose {type(inner).__name__} has none"
             )
+        heads.append(head)
     return heads
 
 
-def _head(forward: object) -> FunctionType | None:
+def _head(forward: Any) -> FunctionType | None:
     """The function of `add_fused_lm_head` inside the wrappers of a forward."""
     while forward is not None:
         forward = getattr(forward, "__func__", forward)

@@ -28,13 +28,16 @@ def test_a_line_for_each_loss_of_a_model(capsys, monkeypatch):
     from fused_ce.integrations import transformers as integration
 
     calls = {}
-    for name in ("fused_cross_entropy", "fused_linear_cross_entropy"):
 
-        def remember(*args, name=name, function=getattr(integration, name), **kwargs):
+    def counted(name, function):
+        def count(*args, **kwargs):
             calls[name] = calls.get(name, 0) + 1
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(integration, name, remember)
+        return count
+
+    for name in ("fused_cross_entropy", "fused_linear_cross_entropy"):
+        monkeypatch.setattr(integration, name, counted(name, getattr(integration, name)))
     heads.table("transformers", heads.Size(101, 32, 2, 16), [torch.float32], rounds=2)
     header, rule, *lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines] == list(heads.MASKED)
