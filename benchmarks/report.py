@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import memory, tables
 from benchmarks.records import RESULTS, Record, file_name, merge, read, write
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -83,7 +83,7 @@ def section(records: list[Record], brief: bool = False) -> str:
         f"**{first.gpu}**, torch {first.torch}, Triton {first.triton}, "
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
     ]
-    others = ("train", "launch", "clone", "read", "linear")
+    others = ("train", "launch", "clone", "read", "linear", memory.KIND)
     parts += [
         text
         for text in (
@@ -95,6 +95,7 @@ def section(records: list[Record], brief: bool = False) -> str:
                 tables.linear_header,
                 tables.linear_row,
             ),
+            memory_table(records),
             ceilings_table(records),
             steps_table(records, "train", "training step"),
             "" if brief else steps_table(records, "launch", "call, launches included"),
@@ -111,6 +112,24 @@ def losses_table(records: Iterable[Record], header: Callable, row: Callable) -> 
     cases = tables.by_case(records)
     peers = tables.peers_in(cases)
     return "\n".join([header(peers), *(row(case, peers) for case in cases)]) if cases else ""
+
+
+def memory_table(records: Iterable[Record]) -> str:
+    """Peaks of head and loss in MB, a row for every number of tokens."""
+    cases = tables.by_case(record for record in records if record.case == memory.KIND)
+    names = [name for name in memory.NAMES if any(name in case for case in cases)]
+    cells = ["memory, MB", "dtype", "tokens", "hidden", "vocabulary"]
+    cells += [memory.NAMES[name] for name in names]
+    lines = [f"| {' | '.join(cells)} |", "|---|---|" + "---:|" * (len(cells) - 2)]
+    for case in cases:
+        ours = case[tables.OURS]
+        sizes = ours.n_rows, ours.hidden_size, ours.vocab_size
+        row = ["head and loss", ours.dtype, *(f"{size:,}" for size in sizes)]
+        for name in names:
+            peak = case[name].peak_bytes if name in case else None
+            row.append(f"{peak / memory.MB:,.0f}" if peak else "failed" if name in case else "")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) if cases else ""
 
 
 def steps_table(records: Iterable[Record], kind: str, what: str) -> str:
