@@ -8,6 +8,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -54,9 +55,10 @@ def jit_trace_paused() -> Iterator[None]:
         torch._C._set_tracing_state(state)
 
 
-def parse_to(*args: object, **kwargs: object) -> tuple:
+def parse_to(*args: Any, **kwargs: Any) -> tuple:
     """(device, dtype, non_blocking, memory_format) of the arguments of `Tensor.to`."""
-    return torch._C._nn._parse_to(*args, **kwargs)  # noqa: B009: unknown to checkers
+    nn: Any = vars(torch._C)["_nn"]
+    return nn._parse_to(*args, **kwargs)
 
 
 @contextlib.contextmanager
