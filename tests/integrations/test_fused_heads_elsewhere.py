@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from fused_ce.integrations.deferred import DeferredLogits  # noqa: E402
 from fused_ce.integrations.transformers import patch, patched, unpatch  # noqa: E402
 
-HERE = ("cpu",)  # what others do with a model does not depend on who computes the loss
+# What others do with a model does not depend on who computes the loss. Slow: two processes that
+# import transformers.
+HERE = ("cpu",)
 
 
 def is_pending(outputs):
@@ -388,7 +390,7 @@ def test_ddp(here, find_unused):
     assert_close([w.grad for w in model.parameters()], rights[1:])
 
 
-test_ddp = pytest.mark.parametrize("find_unused", [False, True])(test_ddp)
+test_ddp = pytest.mark.slow(pytest.mark.parametrize("find_unused", [False, True])(test_ddp))
 
 
 @on_ranks(2, backends=HERE)
@@ -423,11 +425,12 @@ def test_fsdp2(here, first, reshard):
     assert type(model(**of_rank(here, given)).logits) is torch.Tensor
 
 
-test_fsdp2 = pytest.mark.parametrize("first, reshard", [
+test_fsdp2 = pytest.mark.slow(pytest.mark.parametrize("first, reshard", [
     ("patch", False), ("shard", False), ("patch", True),
-])(test_fsdp2)  # fmt: skip
+])(test_fsdp2))  # fmt: skip
 
 
+@pytest.mark.slow
 @on_ranks(2, backends=HERE)
 def test_fsdp2_with_a_group_of_the_head(here):
     """Its weight is gone before the loss is due: the logits are made."""

@@ -156,19 +156,32 @@ def assert_learns_the_same(calls, make, folder, rounding=1e-4, **further):
 # (trainer, options)
 TRAINERS = [
     pytest.param(sft, {}, id="sft"),
-    pytest.param(sft, dict(packing=True, max_length=16), id="sft-packing"),
-    pytest.param(sft, dict(completion_only_loss=False), id="sft-prompts-too"),
-    pytest.param(sft, dict(loss_type="dft"), id="sft-dft"),
-    pytest.param(sft, dict(model=gemma2), id="sft-cap"),
-    pytest.param(sft, dict(gradient_accumulation_steps=3), id="sft-accumulation"),
+    pytest.param(sft, dict(packing=True, max_length=16), id="sft-packing", marks=pytest.mark.slow),
+    pytest.param(
+        sft, dict(completion_only_loss=False), id="sft-prompts-too", marks=pytest.mark.slow
+    ),
+    pytest.param(sft, dict(loss_type="dft"), id="sft-dft", marks=pytest.mark.slow),
+    pytest.param(sft, dict(model=gemma2), id="sft-cap", marks=pytest.mark.slow),
+    pytest.param(
+        sft, dict(gradient_accumulation_steps=3), id="sft-accumulation", marks=pytest.mark.slow
+    ),
     pytest.param(dpo, {}, id="dpo"),
-    pytest.param(dpo, dict(use_weighting=True), id="dpo-weighting"),
-    pytest.param(dpo, dict(model=gemma2), id="dpo-cap"),
-    pytest.param(dpo, dict(precompute_ref_log_probs=True), id="dpo-precomputed"),
+    pytest.param(dpo, dict(use_weighting=True), id="dpo-weighting", marks=pytest.mark.slow),
+    pytest.param(dpo, dict(model=gemma2), id="dpo-cap", marks=pytest.mark.slow),
+    pytest.param(
+        dpo, dict(precompute_ref_log_probs=True), id="dpo-precomputed", marks=pytest.mark.slow
+    ),
     pytest.param(kto, {}, id="kto"),
     pytest.param(grpo, {}, id="grpo"),
-    pytest.param(grpo, dict(temperature=0.7, top_entropy_quantile=0.5), id="grpo-entropy"),
-    pytest.param(grpo, dict(cast_lm_head_to_fp32=True), id="grpo-float32-head"),
+    pytest.param(
+        grpo,
+        dict(temperature=0.7, top_entropy_quantile=0.5),
+        id="grpo-entropy",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        grpo, dict(cast_lm_head_to_fp32=True), id="grpo-float32-head", marks=pytest.mark.slow
+    ),
     pytest.param(rloo, {}, id="rloo"),
 ]
 
@@ -178,11 +191,12 @@ def test_a_patched_trainer_learns_the_same(calls, tmp_path, make, further):
     assert_learns_the_same(calls, make, tmp_path, **further)
 
 
-@pytest.mark.parametrize("make", [sft, dpo])
+@pytest.mark.parametrize("make", [sft, pytest.param(dpo, marks=pytest.mark.slow)])
 def test_with_adapters(calls, tmp_path, make):
     assert_learns_the_same(calls, make, tmp_path, peft_config=lora(), learning_rate=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [sft, dpo, grpo])
 def test_in_16_bits(calls, tmp_path, make):
     """Under autocast, as TRL's trainers are by default."""
