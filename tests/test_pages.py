@@ -1,6 +1,9 @@
 """README and docs/: their code runs as it stands, and what they name is there."""
 
+import os
 import re
+import subprocess
+import sys
 
 import guide
 import pytest
@@ -71,3 +74,28 @@ def test_the_readme_is_short():
     assert text.count("\n") < 200
     for page in PAGES[1:]:
         assert page in text, page
+
+
+def commands():
+    """("python -m module subcommand", flags) of the pages' shell lines."""
+    found = {}
+    for page in PAGES:
+        text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
+        for line in re.findall(r"-m ((?:fused_ce\.babygpt|benchmarks\.\w+)[^`\n#]*)", text):
+            module, *words = line.split()
+            subcommand = words[:1] if module == "fused_ce.babygpt" and words else []
+            flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", line)}
+            found.setdefault((module, *subcommand), set()).update(flags)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, flags", commands().items(), ids=lambda value: str(value)[:40])
+def test_flags_of_the_pages_exist(command, flags):
+    asked = subprocess.run(
+        [sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    known = set(re.findall(r"--[a-z][\w-]+", asked.stdout))
+    assert flags <= known, f"{command}: {sorted(flags - known)}"
