@@ -27,7 +27,9 @@ class DeferredLogits(torch.Tensor):
     _real: torch.Tensor | None
     _is_result: bool = False  # of a Function that copies what it is given, as DDP's does
 
+    # Compilers leave their graph here: traced, what is remembered comes out wrong.
     @staticmethod
+    @torch.compiler.disable
     def of(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> "DeferredLogits":
@@ -47,6 +49,7 @@ class DeferredLogits(torch.Tensor):
         is_recorded_now = self._origin.is_recorded == torch.is_grad_enabled()
         return is_recorded_now and not self._is_result and not self.is_made()
 
+    @torch.compiler.disable
     def made(self) -> torch.Tensor:
         """The real logits."""
         if self._real is None:
@@ -69,6 +72,7 @@ class DeferredLogits(torch.Tensor):
             real.register_hook(hook)
         return real
 
+    @torch.compiler.disable
     def for_loss(self) -> tuple[Origin, dict[str, float | None]] | None:
         """A call of a head and options for the loss of it; None: take the real logits."""
         options = self._recipe.options()
@@ -79,6 +83,7 @@ class DeferredLogits(torch.Tensor):
         return self._origin, options
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Answer what is known, remember what can be, and make the logits for all else."""
         kwargs = kwargs or {}
@@ -92,6 +97,7 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         """Below autograd, where collectives and functions of others arrive: the values."""
         args, kwargs = tree_map_only(

@@ -245,6 +245,20 @@ def test_whoever_looks_sees_the_real_logits(use, bias):
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("use", [
+    pytest.param(lambda x: x * 2.0 / 4.0, id="times-and-divided"),
+    pytest.param(lambda x: torch.tanh(x / 3.0) * 3.0, id="cap"),
+    pytest.param(lambda x: x[:, 1:].float() * 2.0 + 1.0, id="scaled-and-looked-at"),
+])  # fmt: skip
+def test_compiled_functions_see_the_real_logits(use):
+    torch._dynamo.reset()
+    leaves = a_head()
+    compiled = torch.compile(use, backend="eager")
+    ours = gradients(DeferredLogits.of, lambda x: compiled(x).clone(), leaves)
+    for a, b in zip(ours, gradients(F.linear, use, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_logits_are_made_once():
     logits = DeferredLogits.of(*a_head())
     assert logits.made() is logits.made() and logits.exp().grad_fn is not None
