@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class DeferredLogits(torch.Tensor):
     _viewed: "DeferredLogits | None"  # of which it is a view
     _view: Step | None
     _real: torch.Tensor | None
-    _is_result: bool = False  # of a Function that copies what it is given, as DDP's does
+    _node: Any  # its place in the graph, unless a Function has given it another
 
     # Compilers leave their graph here: traced, what is remembered comes out wrong.
     @staticmethod
@@ -44,26 +45,29 @@ class DeferredLogits(torch.Tensor):
     def is_pending(self) -> bool:
         """Whether more can be remembered.
 
-        Not in the forward of a Function, say, whose result is no longer what it seems.
+        Not in the forward of a Function, say, nor of its result, which is not what it seems.
         """
         is_recorded_now = self._origin.is_recorded == torch.is_grad_enabled()
-        return is_recorded_now and not self._is_result and not self.is_made()
+        return is_recorded_now and not self.is_result() and not self.is_made()
+
+    def is_result(self) -> bool:
+        """Whether a Function returned it: DDP's, say, or a reentrant checkpoint of the head."""
+        return _node(self) is not self._node
 
     @torch.compiler.disable
     def made(self) -> torch.Tensor:
         """The real logits."""
-        if self._real is None:
+        if self._real is None or self.is_result():
             # With gradients if they have some, whatever the one who looks needs.
-            is_recorded = self._origin.is_recorded
+            is_recorded = self._origin.is_recorded or self.is_result()
             normal = torch.inference_mode(False) if is_recorded else contextlib.nullcontext()
             # A checkpoint counts what is saved, and would find it saved the first time only.
             with normal, torch.set_grad_enabled(is_recorded), saved_tensors_hooks_paused():
-                self._real = self._make()
+                self._real = _Look.apply(self) if self.is_result() else self._make()
+                self._node = _node(self)
         return self._real
 
     def _make(self) -> torch.Tensor:
-        if self._is_result:
-            return _Look.apply(self)
         if self._viewed is not None and self._view is not None:
             return self._view(self._viewed.made())
         self._origin.check()
@@ -76,7 +80,7 @@ class DeferredLogits(torch.Tensor):
     def for_loss(self) -> tuple[Origin, dict[str, float | None]] | None:
         """A call of a head and options for the loss of it; None: take the real logits."""
         options = self._recipe.options()
-        if options is None or self.is_made() or self._is_result:
+        if options is None or self.is_made() or self.is_result():
             return None
         self._origin.check()
         self._origin.fate.is_taken = True
@@ -143,11 +147,9 @@ class _Look(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits):
-        """Their values."""
+        """Their values, with what the Function has changed."""
         ctx.set_materialize_grads(False)
-        origin = logits._origin
-        origin.check()
-        return origin.logits(logits._steps)
+        return logits._make() if logits._real is None else logits._real.detach()
 
     @staticmethod
     def backward(ctx, grad):
@@ -171,7 +173,13 @@ def _deferred(origin, steps, recipe, dtype, base=None, view=None) -> DeferredLog
         logits = _without_values(*kind)
     logits._origin, logits._steps, logits._recipe = origin, steps, recipe
     logits._viewed, logits._view, logits._real = base, view, None
+    logits._node = _node(logits)
     return logits
+
+
+def _node(logits: DeferredLogits) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits.grad_fn
 
 
 def _without_values(shape, strides, dtype, device) -> DeferredLogits:
@@ -263,7 +271,7 @@ def _result(logits, *, memory_format=torch.preserve_format):
     """A copy in the forward of a Function, which autograd is about to give its place."""
     copy = _clone(logits, memory_format=memory_format)
     if copy is not NotImplemented:
-        copy._is_result = True
+        copy._origin.is_recorded = False
     return copy
 
 

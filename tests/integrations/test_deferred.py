@@ -137,6 +137,16 @@ class Cloned(Doubled):
         return logits.clone()
 
 
+class Changed(Doubled):
+    """In place."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        logits.mul_(2)
+        return logits
+
+
 def test_a_function_that_copies_makes_nothing():
     leaves = a_head()
     logits = DeferredLogits.of(*leaves)
@@ -229,6 +239,7 @@ LOOKS = [
     pytest.param(lambda x: Returned.apply(x * 2)[:, 1:], id="function-that-returns-it"),
     pytest.param(lambda x: Viewed.apply(x) * 2, id="function-that-views-it"),
     pytest.param(lambda x: Cloned.apply(x * 3)[:, 1:] * 2, id="function-that-copies"),
+    pytest.param(lambda x: Changed.apply(x * 3) * 1.5, id="function-that-changes-it"),
     pytest.param(lambda x: torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=True),
                  id="checkpoint-reentrant"),
     pytest.param(lambda x: torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=False),
@@ -243,20 +254,6 @@ def test_whoever_looks_sees_the_real_logits(use, bias):
     ours, theirs = (gradients(make, use, leaves) for make in (DeferredLogits.of, F.linear))
     assert type(ours[0]) is torch.Tensor
     assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize("use", [
-    pytest.param(lambda x: x * 2.0 / 4.0, id="times-and-divided"),
-    pytest.param(lambda x: torch.tanh(x / 3.0) * 3.0, id="cap"),
-    pytest.param(lambda x: x[:, 1:].float() * 2.0 + 1.0, id="scaled-and-looked-at"),
-])  # fmt: skip
-def test_compiled_functions_see_the_real_logits(use):
-    torch._dynamo.reset()
-    leaves = a_head()
-    compiled = torch.compile(use, backend="eager")
-    ours = gradients(DeferredLogits.of, lambda x: compiled(x).clone(), leaves)
-    for a, b in zip(ours, gradients(F.linear, use, leaves), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_logits_are_made_once():

@@ -481,28 +481,6 @@ def test_compile(how, return_stats):
         )
 
 
-class Broken(transformers.LlamaForCausalLM):
-    """Its graph breaks between head and loss, as one does where a function is not traced."""
-
-    def forward(self, input_ids, labels=None):
-        logits = self.lm_head(self.model(input_ids).last_hidden_state)
-        logits = logits * 2.0
-        torch._dynamo.graph_break()
-        logits = logits / 4.0
-        loss = self.loss_function(logits, labels, VOCAB_SIZE)
-        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
-
-
-@pytest.mark.slow
-def test_compiled_models_whose_head_is_not():
-    torch._dynamo.reset()
-    rights = loss_and_gradients(tiny(kind=Broken), **batch())
-    model = patch(tiny(kind=Broken), fuse_head=True)
-    model.lm_head.forward = torch.compiler.disable(model.lm_head.forward)
-    compiled = torch.compile(model, backend="aot_eager")
-    assert_close(loss_and_gradients(compiled, **batch()), rights)
-
-
 # --- Accelerate, Trainer ---
 
 
