@@ -91,7 +91,8 @@ class DeferredLogits(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Answer what is known, remember what can be, and make the logits for all else."""
         kwargs = kwargs or {}
-        if func in KNOWN:
+        # Made ones may have another shape since, or gradients; their place in a dict stays.
+        if func in KNOWN and args and (func is T.__hash__ or not args[0].is_made()):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         result = _remembered(func, args, kwargs)

@@ -264,6 +264,21 @@ def test_logits_are_made_once():
     assert (logits * 2 == 14).all() and logits.for_loss() is None
 
 
+def test_made_logits_are_what_somebody_made_of_them():
+    logits = DeferredLogits.of(*a_head())
+    place = hash(logits)
+    logits.exp()
+    logits.retain_grad()
+    logits.sum().backward()
+    assert torch.equal(logits.grad, torch.ones(B, T, V)) and hash(logits) == place
+    with torch.no_grad():
+        logits = DeferredLogits.of(*a_head())
+    logits.requires_grad_().exp().sum().backward()
+    assert logits.requires_grad and torch.equal(logits.grad, logits.exp())
+    logits.data = torch.ones(3)
+    assert logits.shape == (3,) and len(logits) == 3
+
+
 def test_views_are_of_the_logits_that_somebody_changed():
     logits = DeferredLogits.of(*a_head(bias=False))
     row, scaled = logits[:, 1], logits * 2
