@@ -5,11 +5,13 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_ce.integrations.deferred import DeferredLogits
 from fused_ce.integrations.head_calls import is_emptied
@@ -42,10 +44,26 @@ class DeferringLinear(nn.Linear):
         # What FSDP has derived of this class holds the weight for this call only.
         if type(self) is not DeferringLinear or not _can_be_deferred(hidden, weight, bias):
             return super().forward(hidden)
+        _that_deferred.add(self)
         return DeferredLogits.of(hidden, weight, bias)
 
     def _get_name(self) -> str:
         return "Linear"  # in what print(model) shows
+
+
+_that_deferred: weakref.WeakSet[DeferringLinear] = weakref.WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Let the versions of heads tell of the step: fused optimizers leave them as they were."""
+    if torch.compiler.is_compiling() or not _that_deferred:
+        return
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    weights = [weight for head in list(_that_deferred) for weight in head.parameters(recurse=False)]
+    torch.autograd.graph.increment_version([weight for weight in weights if id(weight) in stepped])
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 def check_head(model: Any) -> None:
