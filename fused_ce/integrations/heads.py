@@ -178,9 +178,14 @@ def forward_of(model: Any, args: tuple, kwargs: dict) -> Iterator[None]:
 def fusing_class(cls: Any) -> Any:
     """A class that is `cls`, but for what is known of its forward and of its last loss.
 
-    A hook would not see the calls of `model.forward` that PEFT makes.
+    A hook would not see the calls of `model.forward` that PEFT makes, nor the end of one that was
+    interrupted; `forward` would not see those of an object whose forward has been replaced.
     """
     same: Any  # it, once it is made
+
+    def __call__(self, *args, **kwargs):
+        with forward_of(self, args, kwargs):
+            return super(same, self).__call__(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         with forward_of(self, args, kwargs):
@@ -198,9 +203,9 @@ def fusing_class(cls: Any) -> Any:
         return getattr(vars(self).get("_loss_function"), "stats", None)
 
     names = dict(
-        forward=forward, __reduce_ex__=__reduce_ex__, loss_stats=property(loss_stats),
-        __module__=cls.__module__, __qualname__=cls.__qualname__, __doc__=cls.__doc__,
-        is_fusing_class_of=cls,
+        __call__=__call__, forward=forward, __reduce_ex__=__reduce_ex__,
+        loss_stats=property(loss_stats), __module__=cls.__module__,
+        __qualname__=cls.__qualname__, __doc__=cls.__doc__, is_fusing_class_of=cls,
     )  # fmt: skip
     same = type(cls.__name__, (cls,), names)
     return same

@@ -12,7 +12,7 @@ from torch import nn
 from fused_ce.cross_entropy import fused_cross_entropy
 from fused_ce.integrations.causal_lm import causal_lm, unwrapped
 from fused_ce.integrations.deferred import DeferredLogits
-from fused_ce.integrations.heads import check_head, forward_of, fuse, unfuse
+from fused_ce.integrations.heads import check_head, fuse, unfuse
 from fused_ce.linear_arguments import check_cutting
 from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
 from fused_ce.stats import CrossEntropyStats
@@ -321,18 +321,14 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Note how often the loss has been called in this thread."""
     if torch.compiler.is_compiling():
         return
-    # The class says it too, but not where the forward of the object has been replaced.
-    due = forward_of(model, args, kwargs)
-    due.__enter__()
-    _calls.before = [*getattr(_calls, "before", ()), (getattr(_calls, "count", 0), due)]
+    _calls.before = [*getattr(_calls, "before", ()), getattr(_calls, "count", 0)]
 
 
 def _after_forward(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     """Warn once where labels were given and the loss was not called: somebody else computes it."""
     if torch.compiler.is_compiling() or not getattr(_calls, "before", ()):
         return
-    *_calls.before, (before, due) = _calls.before
-    due.__exit__(None, None, None)
+    *_calls.before, before = _calls.before
     labelled = kwargs.get("labels") is not None and output is not None  # None after an error
     compiled = hasattr(model.forward, "_torchdynamo_orig_callable")
     if not labelled or compiled or getattr(_calls, "count", 0) > before or not _is_patched(model):

@@ -85,3 +85,27 @@ def test_a_head_in_a_checkpoint(use_reentrant, change):
     model.use_reentrant, model.change = use_reentrant, change
     rights = loss_and_gradients(model, **given)
     assert_close(loss_and_gradients(patch(model, fuse_head=True), **given), rights)
+
+
+# --- interrupts ---
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_forward_leaves_no_loss_due(error):
+    def interrupt(*_):
+        raise error
+
+    model = patch(tiny(), fuse_head=True)
+    hook = model.model.register_forward_hook(interrupt)
+    with pytest.raises(error):
+        model(**batch())
+    hook.remove()
+    assert type(model.lm_head(torch.ones(1, 1, 32))) is torch.Tensor
+    assert_close(loss_and_gradients(model, **batch()), loss_and_gradients(tiny(), **batch()))
+
+
+def test_a_forward_that_was_replaced_defers_too():
+    """As Accelerate replaces it in `prepare`."""
+    model = tiny()
+    model.forward = model.forward
+    assert not patch(model, fuse_head=True)(**batch()).logits.is_made()
