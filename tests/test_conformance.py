@@ -151,7 +151,9 @@ def test_samples_have_every_dimension_option_and_reduction():
 def test_errors_of_the_module_are_errors_here(device):
     """Of other types and words than torch's; but none of these calls gives a number."""
     _, module = databases()
-    assert module.module_error_inputs_func is not None
+    if module.module_error_inputs_func is None:
+        assert torch.__version__ < (2, 12)
+        pytest.skip("torch has none before 2.12")
     errors = module.module_error_inputs_func(
         module, device, torch.float32, requires_grad=True, training=True
     )
