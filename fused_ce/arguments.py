@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import operator
 import os
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from fused_ce.options import LossOptions
 from fused_ce.rows import Rows, as_rows
 from fused_ce.stats import CrossEntropyStats
-from fused_ce.tracing import PLAIN_DISPATCH, jit_trace_paused
+from fused_ce.tracing import PLAIN_DISPATCH, as_index, jit_trace_paused
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (
@@ -35,7 +34,7 @@ class Call(NamedTuple):
         """What the user gets for (loss, losses, lse, entropy, predictions) of rows, or (loss,)."""
         if len(results) == 1 and self.options.reduction != "none":
             return results[0]
-        loss, *stats = results
+        loss, stats = results[0], list(results[1:])  # of `*stats` torch 2.11's Dynamo makes a tuple
         if stats and self.options.reduction == "none":
             stats[0] = loss.clone()  # or what the user does to one in place would change the other
         stats = [of_rows.view(self.batch_shape) for of_rows in stats]
@@ -156,7 +155,7 @@ def _check_ignore_index(value: Any) -> None:
         try:
             if isinstance(value, bool):
                 raise TypeError
-            value = operator.index(value)
+            value = as_index(value)
         except TypeError:  # a tensor of several elements, or a floating one, among others
             got = value if isinstance(value, torch.Tensor) else type(value).__name__
             raise TypeError(f"ignore_index must be an int, got {got}") from None
@@ -215,7 +214,7 @@ def _with_plain_numbers(options: LossOptions) -> LossOptions:
         if (value := getattr(options, name)) is not None and type(value) is not float
     }
     if type(options.ignore_index) is not int:
-        changed["ignore_index"] = operator.index(options.ignore_index)
+        changed["ignore_index"] = as_index(options.ignore_index)
     return options._replace(**changed)
 
 

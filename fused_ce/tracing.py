@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -42,6 +43,14 @@ def is_transformed(tensors: Iterable[torch.Tensor | None]) -> bool:
             for tensor in tensors
         )
     )
+
+
+def as_index(value: Any) -> int:
+    """`operator.index`, which the compiler of torch 2.11 does not know for tensors."""
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
+    if whole and value.numel() == 1 and torch.compiler.is_compiling():
+        return int(value)
+    return operator.index(value)
 
 
 @contextlib.contextmanager
