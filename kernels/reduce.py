@@ -130,7 +130,8 @@ def prepare_kernel(
         part = tl.load(normalizer_ptr).to(DTYPE)
     place = tl.arange(0, PARTS)
     is_own = place == program
-    nobodys = (program == 0) & (place >= n_programs)
+    # no `&` with a scalar: Triton 3.9 interpreted splats a truth to an int32, which is no mask
+    nobodys = place >= tl.where(program == 0, n_programs, PARTS)
     tl.store(workspace_ptr + FIRST_PART + place, tl.where(is_own, part, 0.0), mask=is_own | nobodys)
     for start in tl.range(first, n_zeros, step):
         at = start + tl.arange(0, BLOCK)
