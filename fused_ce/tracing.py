@@ -86,7 +86,16 @@ def saved_tensors_hooks_paused() -> Iterator[None]:
 
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for such devices; of some, "meta" say, PyTorch raises if asked."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# As torch.compiler.assume_constant_result, which imports all of Dynamo: that of torch 2.11 cannot
+# trace the question.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_batched_or_dual(grad: torch.Tensor | None) -> bool:
