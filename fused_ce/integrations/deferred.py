@@ -103,7 +103,7 @@ class DeferredLogits(torch.Tensor):
 
     @classmethod
     @torch.compiler.disable
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Below autograd, where collectives and functions of others arrive: the values."""
         args, kwargs = tree_map_only(
             DeferredLogits, lambda logits: logits.made().detach(), (args, kwargs or {})
