@@ -1,6 +1,7 @@
 """Logits that nobody has made yet: what a head returns while a loss is due."""
 
 import contextlib
+import functools
 import inspect
 import math
 from typing import Any
@@ -202,10 +203,13 @@ def _remembered(func, args, kwargs):
             return NotImplemented
         remember = _result
     try:
-        inspect.signature(remember).bind(*args, **kwargs)
+        _signature(remember).bind(*args, **kwargs)
     except TypeError:  # with out=, say
         return NotImplemented
     return remember(*args, **kwargs)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _after(logits: DeferredLogits, step: Step, recipe: Recipe, dtype: torch.dtype | None = None):

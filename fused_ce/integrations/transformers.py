@@ -250,6 +250,7 @@ def _loss(
         if labels is None:
             raise ValueError("a loss needs labels or shift_labels, got None for both")
         # shifted logits would mean a gradient of the slice, one more buffer of their size
+        labels = labels.long()  # of which any holds ignore_index
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if vocab_size is None:
         vocab_size = logits.shape[-1]

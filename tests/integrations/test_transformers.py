@@ -151,6 +151,12 @@ def test_function_is_that_of_the_library(shape, labels, further, dtype):
     torch.testing.assert_close(gradient, their_gradient, equal_nan=True, **rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_labels_of_any_integer_dtype(dtype):
+    logits, labels = random_logits(2, 5, 7), tokens(2, 5) % 7
+    assert causal_lm_loss(logits, labels.to(dtype), 7) == causal_lm_loss(logits, labels, 7)
+
+
 def test_items_of_data_parallel():
     """It scatters them as one row a replica; the library's loss then has two axes."""
     logits, labels = random_logits(2, 5, 7), tokens(2, 5) % 7
