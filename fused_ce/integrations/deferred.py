@@ -19,6 +19,10 @@ class DeferredLogits(torch.Tensor):
 
     It remembers what models do to logits before their loss: scales, a cap, float32, rows. Whatever
     else is done to it happens to the real logits, made at that moment, once, with gradients.
+
+    Pending: more can be remembered, and a loss can take it. Made: `_real` holds the logits, which
+    answer everything from then on. A result: a Function returned it, so that its gradient has to
+    go through that Function; nothing is remembered, and no loss takes it.
     """
 
     _origin: Origin
@@ -73,7 +77,7 @@ class DeferredLogits(torch.Tensor):
             return self._view(self._viewed.made())
         self._origin.check()
         real = self._origin.logits(self._steps)
-        for hook in self._origin.fate.hooks if real.requires_grad else ():
+        for hook in self._origin.outcome.hooks if real.requires_grad else ():
             real.register_hook(hook)
         return real
 
@@ -84,7 +88,7 @@ class DeferredLogits(torch.Tensor):
         if options is None or self.is_made() or self.is_result():
             return None
         self._origin.check()
-        self._origin.fate.is_taken = True
+        self._origin.outcome.is_taken = True
         return self._origin, options
 
     @classmethod
@@ -339,14 +343,14 @@ def _hooked(logits, hook):
     """A hook for the gradient of the logits, which a loss that has taken them does not make."""
     owner = getattr(hook, "func", hook)
     if str(getattr(owner, "__module__", "")).startswith("torch.distributed."):
-        logits._origin.fate.hooks.append(hook)  # FSDP waits for any gradient; the loss has one
+        logits._origin.outcome.hooks.append(hook)  # FSDP waits for any gradient; the loss has one
         with torch._C.DisableTorchFunctionSubclass():
             return logits.register_hook(hook)
     return _no_gradient(logits)
 
 
 def _no_gradient(logits):
-    if not logits._origin.fate.is_taken:
+    if not logits._origin.outcome.is_taken:
         return NotImplemented
     raise RuntimeError(
         "the loss was computed without logits (fuse_head=True), so there is no gradient of them "

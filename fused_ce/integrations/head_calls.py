@@ -14,7 +14,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 Function = Callable[..., Any]
 
 
-class Fate:
+class Outcome:
     """What became of a call of a head, which all its deferred logits share."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Origin:
         """The call of just now."""
         self.tensors = hidden, weight, bias
         self.versions = [_version(tensor) for tensor in self.tensors]
-        self.fate = Fate()
+        self.outcome = Outcome()
         self.is_recorded = torch.is_grad_enabled()
         self.device_type = kind = hidden.device.type
         self.autocast_dtype = torch.get_autocast_dtype(kind) if is_autocast(kind) else None

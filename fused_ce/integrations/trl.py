@@ -173,6 +173,7 @@ def patch(trainer: AnyTrainer, logits_dtype: torch.dtype | None = None) -> AnyTr
     for head in heads:
         code = _codes.setdefault(head, head.__code__)
         ours = {THEIRS: NAMES[logits_dtype], COMPACT: OF_COMPACT}
+        # Each head is a function of its own, and stays the same object in whatever wraps it.
         head.__globals__.update(GLOBALS)
         head.__code__ = code.replace(co_names=tuple(ours.get(name, name) for name in code.co_names))
     return trainer
