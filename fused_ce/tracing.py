@@ -9,13 +9,16 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
 # That of a tensor class which does not compute by itself.
 PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable)
 
 
 def is_traced(logits: torch.Tensor) -> bool:
@@ -123,7 +126,7 @@ def graph_is_kept() -> bool:
     return True if keeps is None else keeps()
 
 
-def uncompiled(function: Callable) -> Callable:
+def uncompiled(function: AnyFunction) -> AnyFunction:
     """Break the graph of a compiler at each call, and keep it from all that the call does.
 
     As torch.compiler.disable, which imports all of Dynamo: here only once somebody else has.
@@ -136,5 +139,6 @@ def uncompiled(function: Callable) -> Callable:
             return alone()(*args, **kwargs)
         return function(*args, **kwargs)
 
-    called._torchdynamo_disable = True  # what it sets, for the caller's graph
-    return called
+    vars(called)["_torchdynamo_disable"] = True  # what it sets, for the caller's graph
+    same: Any = called
+    return same

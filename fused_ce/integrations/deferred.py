@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from fused_ce.integrations.head_calls import Function, Origin, Recipe, Step
-from fused_ce.tracing import parse_to, saved_tensors_hooks_paused
+from fused_ce.tracing import parse_to, saved_tensors_hooks_paused, uncompiled
 
 
 class DeferredLogits(torch.Tensor):
@@ -35,7 +35,7 @@ class DeferredLogits(torch.Tensor):
 
     # Compilers leave their graph here: traced, what is remembered comes out wrong.
     @staticmethod
-    @torch.compiler.disable
+    @uncompiled
     def of(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> "DeferredLogits":
@@ -59,18 +59,19 @@ class DeferredLogits(torch.Tensor):
         """Whether a Function returned it: DDP's, say, or a reentrant checkpoint of the head."""
         return _node(self) is not self._node
 
-    @torch.compiler.disable
+    @uncompiled
     def made(self) -> torch.Tensor:
         """The real logits."""
-        if self._real is None or self.is_result():
+        real = self._real
+        if real is None or self.is_result():
             # With gradients if they have some, whatever the one who looks needs.
             is_recorded = self._origin.is_recorded or self.is_result()
             normal = torch.inference_mode(False) if is_recorded else contextlib.nullcontext()
             # A checkpoint counts what is saved, and would find it saved the first time only.
             with normal, torch.set_grad_enabled(is_recorded), saved_tensors_hooks_paused():
-                self._real = _Look.apply(self) if self.is_result() else self._make()
+                real = self._real = _Look.apply(self) if self.is_result() else self._make()
                 self._node = _node(self)
-        return self._real
+        return real
 
     def _make(self) -> torch.Tensor:
         if self._viewed is not None and self._view is not None:
@@ -81,7 +82,7 @@ class DeferredLogits(torch.Tensor):
             real.register_hook(hook)
         return real
 
-    @torch.compiler.disable
+    @uncompiled
     def for_loss(self) -> tuple[Origin, dict[str, float | None]] | None:
         """A call of a head and options for the loss of it; None: take the real logits."""
         options = self._recipe.options()
@@ -92,7 +93,7 @@ class DeferredLogits(torch.Tensor):
         return self._origin, options
 
     @classmethod
-    @torch.compiler.disable
+    @uncompiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Answer what is known, remember what can be, and make the logits for all else."""
         kwargs = kwargs or {}
@@ -107,7 +108,7 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    @torch.compiler.disable
+    @uncompiled
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Below autograd, where collectives and functions of others arrive: the values."""
         args, kwargs = tree_map_only(
