@@ -98,7 +98,7 @@ def _has_autocast(device_type: str) -> bool:
 
 # As torch.compiler.assume_constant_result, which imports all of Dynamo: that of torch 2.11 cannot
 # trace the question.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_autocast._dynamo_marked_constant = True
 
 
 def is_batched_or_dual(grad: torch.Tensor | None) -> bool:

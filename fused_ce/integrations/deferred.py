@@ -109,7 +109,7 @@ class DeferredLogits(torch.Tensor):
 
     @classmethod
     @uncompiled
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         """Below autograd, where collectives and functions of others arrive: the values."""
         args, kwargs = tree_map_only(
             DeferredLogits, lambda logits: logits.made().detach(), (args, kwargs or {})
