@@ -62,6 +62,17 @@ def batch(n=3, length=12, **further):
     return dict(input_ids=tokens(n, length), labels=labels) | further
 
 
+def dataset(n):
+    """Sequences of one length, of which very different numbers of tokens are to be learnt."""
+    samples = []
+    for seed in range(n):
+        ids = tokens(12, seed=seed)
+        labels = ids.clone()
+        labels[: 1 + 5 * seed % 11] = -100
+        samples.append(dict(input_ids=ids, labels=labels))
+    return samples
+
+
 def loss_and_gradients(model, **given):
     model.zero_grad()
     loss = model(**given).loss

@@ -15,6 +15,7 @@ from models import (  # noqa: E402
     VOCAB_SIZE,
     assert_close,
     batch,
+    dataset,
     loss_and_gradients,
     tiny,
     tokens,
@@ -505,16 +506,6 @@ def test_accelerate_in_mixed_precision():
     assert_close(found[1], found[0], rounding=2e-2)
     assert_close(found[2], found[1])
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def dataset(n):
-    samples = []
-    for seed in range(n):
-        ids = tokens(12, seed=seed)
-        labels = ids.clone()
-        labels[: 1 + 5 * seed % 11] = -100
-        samples.append(dict(input_ids=ids, labels=labels))
-    return samples
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")

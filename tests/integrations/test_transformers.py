@@ -14,6 +14,7 @@ import fused_ce
 
 transformers = pytest.importorskip("transformers", reason='pip install "fused_ce[hf]"')
 
+from models import VOCAB_SIZE, dataset, tiny, tokens  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss  # noqa: E402
 
@@ -21,32 +22,14 @@ from fused_ce.integrations import transformers as integration  # noqa: E402
 from fused_ce.integrations.transformers import causal_lm_loss, patch, patched, unpatch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB_SIZE = 101
-SMALL = dict(
-    vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=32,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
 
 
-def llama(kind=transformers.LlamaForCausalLM):
-    torch.manual_seed(SEED)
-    return kind(transformers.LlamaConfig(**SMALL))
+def llama(kind=None):
+    return tiny("llama", kind)
 
 
 def gemma2():
-    """It caps its logits itself, here so low that a second cap would show."""
-    torch.manual_seed(SEED)
-    config = transformers.Gemma2Config(
-        **SMALL, final_logit_softcapping=0.5, attn_implementation="eager", initializer_range=0.2
-    )
-    return transformers.Gemma2ForCausalLM(config)
-
-
-def tokens(*shape, ignored=0.0, seed=0):
-    generator = torch.Generator().manual_seed(SEED + seed)
-    values = torch.randint(3, VOCAB_SIZE, shape, generator=generator)
-    return values.masked_fill(torch.rand(shape, generator=generator) < ignored, -100)
+    return tiny("gemma2")
 
 
 @pytest.fixture
@@ -543,17 +526,6 @@ def test_errors_say_what_is_needed_and_what_came(arguments, message):
 
 
 # --- the Trainer ---
-
-
-def dataset(n):
-    """Sequences of one length, of which very different numbers of tokens are to be learnt."""
-    samples = []
-    for seed in range(n):
-        ids = tokens(12, seed=seed)
-        labels = ids.clone()
-        labels[: 1 + 5 * seed % 11] = -100
-        samples.append(dict(input_ids=ids, labels=labels))
-    return samples
 
 
 def arguments_of_trainer(folder, **further):
