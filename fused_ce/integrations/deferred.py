@@ -168,9 +168,8 @@ def _deferred(origin, steps, recipe, dtype, base=None, view=None) -> DeferredLog
     hidden, weight, _ = origin.tensors
     shape = *hidden.shape[:-1], weight.shape[0]
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    if (
-        base is not None and view is not None
-    ):  # seen in one class of the base, lest anything have the size of logits
+    if base is not None and view is not None:
+        # Seen in one class of the base, lest anything have the size of logits.
         of_one_class = *base.shape[:-1], 1
         strides = view(torch.empty_strided(of_one_class, base.stride(), device="meta")).stride()
     kind = shape, strides, dtype, hidden.device

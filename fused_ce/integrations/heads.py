@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fused_ce.arguments import LOGITS_DTYPES
 from fused_ce.integrations.deferred import DeferredLogits
 from fused_ce.integrations.head_calls import is_emptied
-from fused_ce.tracing import is_transformed
+from fused_ce.tracing import is_autocast, is_transformed
 
 _here = threading.local()  # replicas of DataParallel run in threads of their own
 PLAIN = (torch.Tensor, nn.Parameter)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextlib.contextmanager
@@ -118,10 +118,8 @@ def _can_be_deferred(hidden, weight, bias) -> bool:
         )
     if torch.jit.is_tracing() or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         return False
-    kind = hidden.device.type
-    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    allowed = DTYPES if is_cast else (hidden.dtype,)
-    return hidden.dtype in DTYPES and all(
+    allowed = LOGITS_DTYPES if is_autocast(hidden.device.type) else (hidden.dtype,)
+    return hidden.dtype in LOGITS_DTYPES and all(
         tensor.dtype in allowed and tensor.device == hidden.device for tensor in tensors
     )
 

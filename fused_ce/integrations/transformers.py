@@ -244,8 +244,7 @@ def _loss(
     shift_labels: torch.Tensor | None,
 ) -> tuple[torch.Tensor, CrossEntropyStats | None]:
     """The loss of logits (B, T, V), made or deferred, and with return_stats its stats (B, T)."""
-    if not torch.compiler.is_compiling():
-        _calls.count = getattr(_calls, "count", 0) + 1
+    count_call()
     if shift_labels is None:
         if labels is None:
             raise ValueError("a loss needs labels or shift_labels, got None for both")
@@ -302,6 +301,12 @@ def _normalizer(
     if num_items_in_batch == 0:  # as a number it would be refused
         return torch.zeros((), device=device)
     return num_items_in_batch
+
+
+def count_call() -> None:
+    """Let the hooks of a forward know that a loss of ours was called in it."""
+    if not torch.compiler.is_compiling():
+        _calls.count = getattr(_calls, "count", 0) + 1
 
 
 def _check(settings: Settings) -> None:

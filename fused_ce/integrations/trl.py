@@ -13,9 +13,10 @@ import trl
 from trl.trainer import utils
 
 from fused_ce.integrations.causal_lm import unwrapped
-from fused_ce.integrations.transformers import _calls
+from fused_ce.integrations.transformers import count_call
 from fused_ce.linear_chunks import without_autocast
 from fused_ce.linear_cross_entropy import fused_linear_cross_entropy
+from fused_ce.tracing import is_autocast
 
 if not hasattr(utils, "add_fused_lm_head"):
     raise ImportError(
@@ -65,10 +66,9 @@ class Projection:
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip
-        if not torch.compiler.is_compiling():
-            _calls.count = getattr(_calls, "count", 0) + 1  # integrations.transformers: it is ours
+        count_call()
         kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
+        if is_autocast(kind):
             dtype = torch.get_autocast_dtype(kind)
         else:
             dtype = hidden.dtype
